@@ -1,0 +1,93 @@
+"""What a training loop may ask of an engine, whichever engine it is.
+
+The names are those of DeepSpeed (`backward`, `step`, `save_checkpoint` …), so that a loop written for DeepSpeed
+needs no change; what second-order methods need besides is `terms` in `backward` and `sampled_pass`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Engine(Protocol):
+    """One model, one optimizer, this rank's share of the work."""
+
+    module: nn.Module
+    """The unwrapped model (under ZeRO-3 its parameters are gathered by its own forward only)."""
+    device: torch.device
+    rank: int
+    world_size: int
+    gradient_accumulation_steps: int
+    micro_batch_size: int
+    """Examples per rank and micro-batch."""
+    global_steps: int
+    """Optimizer steps taken, skipped ones included."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass of the model, in the engine's precision."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Put the model in training mode."""
+
+    def eval(self) -> Any:
+        """Put the model in evaluation mode."""
+
+    def backward(self, loss: Tensor, terms: float | Tensor | None = None) -> None:
+        """Backward pass of one micro-batch.
+
+        Args:
+            loss: scalar, a sum of per-term losses divided by `terms`; the engine averages it over ranks and
+                over the accumulation window.
+            terms: the divisor. Kronecker factors live on the per-term scale and need it; methods that do not
+                measure curvature ignore it.
+        """
+
+    def wants_sampled_pass(self) -> bool:
+        """True when this micro-batch must be followed by `sampled_pass` (`"fisher": "sampled"`, statistics due)."""
+
+    def sampled_pass(self, forward: Callable[[], Tensor]) -> None:
+        """Measure output-gradient statistics on labels drawn from the model itself.
+
+        Args:
+            forward: runs the model on the micro-batch and returns the scalar *sum* over terms of the loss at
+                sampled labels divided by `terms`, see `dsso.curvature.labels`.
+        """
+
+    def step(self) -> None:
+        """One optimizer step when the accumulation window is complete, else nothing."""
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """True when the next `step()` updates the parameters."""
+
+    def lr(self) -> float:
+        """Learning rate that the next step uses."""
+
+    def health(self) -> dict[str, float]:
+        """Figures about the last step; synchronizes with the device, so call it on logging steps only.
+
+        Keys: `update_norm`, `grad_norm`, `cos_update_grad`, `clip_scale`, `clip_events`, `skipped_steps`,
+        `consecutive_skips`, `loss_scale`, and those of the method (`damping`, `factor_age`, `factor_failures` …).
+        """
+
+    def table(self) -> list[dict[str, Any]]:
+        """Rows `parameter, shape, method, owner, reason` for every trainable parameter."""
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state on this rank, counted from its tensors."""
+
+    def save_checkpoint(self, save_dir: str | Path, tag: str, client_state: Mapping[str, Any]) -> None:
+        """Write `save_dir/tag/`; every rank calls it. `client_state` is the loop's own, the same on all ranks."""
+
+    def load_checkpoint(self, load_dir: str | Path, tag: str) -> dict[str, Any]:
+        """Read what `save_checkpoint` wrote; returns the client state."""
+
+    def gathered_state_dict(self, trainable_only: bool = True) -> dict[str, Tensor]:
+        """Full parameters by name on the CPU of rank 0 (empty elsewhere); every rank calls it."""
+
+    def close(self) -> None:
+        """Release process groups and hooks."""
