@@ -1,0 +1,291 @@
+"""The `"dsso"` section of a recipe as pydantic models, and how their errors are told.
+
+Every model is strict: an unknown key is an error with the nearest known one, a number in quotes is no number, and
+NaN or infinity are no values. The docstring under a field is what the field reference in the manual shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self, TypeVar
+
+import pydantic
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from dsso.errors import RecipeError
+
+
+class StrictModel(pydantic.BaseModel):
+    """Base of every configuration model: unknown keys forbidden, no coercion, immutable, documented fields."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+
+def problem(
+    what: str, *, got: object = None, allowed: str | list[str] | None = None, remedy: str | None = None
+) -> PydanticCustomError:
+    """An error for validators to raise; `parse` turns it into a `RecipeError` with the same parts.
+
+    Args:
+        what: one sentence that says what is wrong.
+        got: the offending value, when it is not the field's own.
+        allowed: what would have been accepted.
+        remedy: one sentence that says what to do.
+    """
+    parts = {"got": got, "allowed": allowed, "remedy": remedy}
+    # pydantic formats the template with the context, so braces that belong to the text are doubled
+    template = what.replace("{", "{{").replace("}", "}}") if "{" in what else what
+    return PydanticCustomError("dsso", template, {k: v for k, v in parts.items() if v is not None})  # type: ignore[arg-type]
+
+
+class ModelConfig(StrictModel):
+    """Which model is trained, and in which form it is loaded."""
+
+    name: str = Field(min_length=1)
+    """Hub name, local path, or a built-in: tiny-t5, tiny-roberta, tiny-bert, tiny-opt, tiny-llama, minilm."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` takes the architecture alone (from its config) and draws the weights from `dsso.train.seed`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; `auto` follows the `bf16` and `fp16` sections, anything else must agree with them."""
+    gradient_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
+    """Recompute activations in the backward pass, with either implementation of torch."""
+    attention: str | None = None
+    """Attention implementation of transformers (`eager`, `sdpa`, …); null leaves the choice to the model."""
+    dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Probability that replaces every dropout probability of the model; null keeps the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model."""
+
+
+_PEFT_FIELDS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "lora": ("r", "alpha", "lora_dropout", "targets", "modules_to_save"),
+    "adapter": ("variant", "bottleneck", "activation", "modules_to_save"),
+    "prefix": ("num_virtual_tokens", "prefix_projection", "modules_to_save"),
+}
+
+
+class PeftConfig(StrictModel):
+    """Which parameters are trained: all of them, or those of a small addition."""
+
+    type: Literal["none", "lora", "adapter", "prefix"] = "none"
+    """`none` trains every parameter; the others freeze the model and train what they add."""
+    r: int = Field(default=8, ge=1)
+    """lora: rank of the two factors; at most the smaller side of the smallest target."""
+    alpha: float = Field(default=16.0, gt=0.0)
+    """lora: the product is scaled by `alpha / r`."""
+    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """lora: dropout probability at the input of the low-rank branch."""
+    targets: list[str] | None = Field(default=None, min_length=1)
+    """lora: ends of module names that get a branch; null takes the attention projections of the model family."""
+    variant: Literal["houlsby", "pfeiffer"] = "houlsby"
+    """adapter: after attention and after feed-forward (`houlsby`), or after feed-forward only (`pfeiffer`)."""
+    bottleneck: int = Field(default=64, ge=1)
+    """adapter: width of the narrow layer."""
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
+    """adapter: non-linearity between the two projections."""
+    num_virtual_tokens: int = Field(default=20, ge=1)
+    """prefix: length of the learnt prefix in tokens."""
+    prefix_projection: bool = False
+    """prefix: learn the prefix through a two-layer perceptron."""
+    modules_to_save: list[str] | None = Field(default=None, min_length=1)
+    """Ends of names of existing modules that are trained as well; null takes the classification head, if any."""
+
+    @model_validator(mode="after")
+    def _only_fields_of_the_type(self) -> Self:
+        own = _PEFT_FIELDS[self.type]
+        for name in sorted(self.model_fields_set - {"type"} - set(own)):
+            takers = [kind for kind, fields in _PEFT_FIELDS.items() if name in fields]
+            raise problem(
+                f"{name!r} has no meaning for type {self.type!r}",
+                got=name,
+                allowed=", ".join(own) if own else "no other field",
+                remedy=f"remove it, or set dsso.peft.type to {' or '.join(map(repr, takers))}",
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _fields_of_the_type(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # fields of another type would be refused when the written configuration is read again
+        own = {"type", *_PEFT_FIELDS[self.type]}
+        return {name: value for name, value in handler(self).items() if name in own}
+
+
+class TaskConfig(StrictModel):
+    """What is learnt, from which data, and how an example becomes text."""
+
+    name: str = Field(default="builtin", min_length=1)
+    """Name of a task, e.g. mrpc, stsb, rte, boolq; `builtin` generates its own sentence pairs."""
+    data_dir: str | None = None
+    """Directory with the task's files (or with one directory per task); null: `$DSSO_DATA`, then the hub."""
+    head: Literal["auto", "classification", "prompt"] = "auto"
+    """`auto`: prompts for text-to-text and causal models, a classification head for encoders."""
+    prompt: str | None = None
+    """Template with `{column}` placeholders that replaces the task's own."""
+    verbalizer: list[str] | None = Field(default=None, min_length=2)
+    """One word per class, in the order of the labels, that replaces the task's own."""
+    max_length: int = Field(default=128, ge=1)
+    """Longest input in tokens; what is longer is cut."""
+    max_target_length: int = Field(default=32, ge=1)
+    """Longest target in tokens, for text-to-text models."""
+    train_examples: int | None = Field(default=None, ge=1)
+    """Use only so many training examples (drawn with the seed); null uses all."""
+    eval_examples: int | None = Field(default=None, ge=1)
+    """Use only so many examples of the validation and of the test set; null uses all."""
+    columns: dict[str, str] | None = None
+    """Names of columns in the files by the name that the task expects, e.g. `{"sentence1": "premise"}`."""
+    protocol: Literal["paper", "official"] = "paper"
+    """`paper`: validation and test are made from the public splits; `official`: the splits as published."""
+
+
+class TrainConfig(StrictModel):
+    """How long to train, and how often to look, write and stop."""
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; exactly one of `max_steps` and `epochs` is given."""
+    epochs: float | None = Field(default=None, gt=0.0)
+    """Passes over the training set; exactly one of `max_steps` and `epochs` is given."""
+    eval_interval: int = Field(default=200, ge=1)
+    """Steps between two evaluations on the validation set."""
+    eval_batch_size: int | None = Field(default=None, ge=1)
+    """Examples per rank and forward pass of an evaluation; null takes the micro-batch size."""
+    log_interval: int = Field(default=10, ge=1)
+    """Steps between two lines of `metrics.jsonl`; a logging step synchronizes with the device."""
+    save_interval: int | None = Field(default=None, ge=1)
+    """Steps between two checkpoints; null takes `eval_interval`."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints that are kept besides the best one."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without improvement; null never stops early."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the data order, of dropout and of random weights."""
+    max_consecutive_skips: int = Field(default=10, ge=1)
+    """Stop with an error after so many steps in a row that were skipped for a non-finite loss or gradient."""
+    noop_window: int = Field(default=50, ge=1)
+    """Warn after so many steps in a row whose update is parallel to the gradient (cosine above 0.9999)."""
+    timeout_minutes: float = Field(default=10.0, gt=0.0)
+    """Longest wait for another rank before a collective call fails."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise problem(
+                "exactly one of max_steps and epochs must be given",
+                got=f"max_steps={self.max_steps}, epochs={self.epochs}",
+                remedy="set dsso.train.max_steps, or dsso.train.epochs, and not the other",
+            )
+        return self
+
+
+class DssoConfig(StrictModel):
+    """The `"dsso"` section: everything that is not DeepSpeed's own."""
+
+    comment: str | None = None
+    """What the recipe is for."""
+    engine: Literal["deepspeed", "single"] = "deepspeed"
+    """`deepspeed` (ZeRO 0 to 3), or `single`: one device, no launcher."""
+    model: ModelConfig = ModelConfig(name="tiny-t5")
+    """Which model is trained; not used by `dsso.initialize(model=…)`, which brings its own."""
+    peft: PeftConfig = PeftConfig()
+    """Which parameters are trained."""
+    task: TaskConfig = TaskConfig()
+    """What is learnt."""
+    train: TrainConfig = TrainConfig(epochs=3.0)
+    """How long, how often; three epochs when the section is left out."""
+    output_dir: str | None = None
+    """Where the run is written; the command line's `--output_dir` takes precedence."""
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _available_engine(cls, name: object) -> object:
+        if name in {"fsdp2", "ddp"}:
+            raise problem(
+                f"the engine {name!r} is not available in this version",
+                got=name,
+                allowed="deepspeed, single",
+                remedy="use 'deepspeed' with zero_optimization.stage 3 (or 0) for the same sharding",
+            )
+        return name
+
+
+_Model = TypeVar("_Model", bound=pydantic.BaseModel)
+
+
+def parse(model: type[_Model], data: object, where: str) -> _Model:
+    """Validate `data` against `model`.
+
+    Args:
+        model: a `StrictModel`.
+        data: what the recipe holds at that place.
+        where: path of that place, e.g. `optimizer.params`.
+
+    Raises:
+        RecipeError: with the path, the value, what is allowed, and the nearest name for an unknown key; when
+            several things are wrong, all of them are told.
+    """
+    if not isinstance(data, Mapping):
+        raise RecipeError(
+            "must be an object", where=where, got=data, remedy='write it as {"key": value, ...}'
+        )
+    try:
+        return model.model_validate(dict(data))
+    except pydantic.ValidationError as error:
+        told = [_told(detail, model, where) for detail in error.errors(include_url=False)]
+        raise told[0] if len(told) == 1 else RecipeError("\n".join(str(one) for one in told)) from None
+
+
+def _told(detail: ErrorDetails, model: type[pydantic.BaseModel], where: str) -> RecipeError:
+    """One pydantic error in the words of a `RecipeError`."""
+    path = ".".join([where, *(str(part) for part in detail["loc"])])
+    context = detail.get("ctx", {})
+    if detail["type"] == "dsso":
+        got = context.get("got", None if isinstance(detail["input"], Mapping) else detail["input"])
+        return RecipeError(
+            detail["msg"], where=path, got=got, allowed=context.get("allowed"), remedy=context.get("remedy")
+        )
+    if detail["type"] == "extra_forbidden":
+        fields = sorted(_fields_at(model, detail["loc"][:-1]))
+        name = str(detail["loc"][-1])
+        return RecipeError(
+            "unknown key", where=path, got=name, allowed=fields, remedy="correct or remove the key"
+        )
+    if detail["type"] == "missing":
+        return RecipeError(
+            "is required and missing", where=path, remedy=f"add {detail['loc'][-1]!r} to {where}"
+        )
+    if detail["type"] in {"literal_error", "enum"}:
+        options = [part.strip().strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
+        return RecipeError("is not one of the options", where=path, got=detail["input"], allowed=options)
+    if detail["type"].startswith("dict_type") or detail["type"].startswith("model_"):
+        return RecipeError(
+            "must be an object", where=path, got=detail["input"], remedy='write it as {"key": value, ...}'
+        )
+    allowed = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return RecipeError("has a wrong type or value", where=path, got=detail["input"], allowed=allowed)
+
+
+def _fields_at(model: type[pydantic.BaseModel], loc: tuple[int | str, ...]) -> set[str]:
+    """Names of the fields of the model that sits at `loc` inside `model`."""
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field is not None else None
+        if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel):
+            model = inner
+    return set(model.model_fields)
