@@ -1,11 +1,12 @@
 """The `"dsso"` section of a recipe as pydantic models, and how their errors are told.
 
-Every model is strict: an unknown key is an error with the nearest known one, a number in quotes is no number, and
-NaN or infinity are no values. The docstring under a field is what the field reference in the manual shows.
+Every model is strict: an unknown key is an error with the nearest known one, a number in quotes is no number,
+NaN and infinity are no values. The docstring under a field is what the field reference in the manual shows.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar
 
@@ -24,7 +25,7 @@ from dsso.errors import RecipeError
 
 
 class StrictModel(pydantic.BaseModel):
-    """Base of every configuration model: unknown keys forbidden, no coercion, immutable, documented fields."""
+    """Base of every configuration model: unknown keys forbidden, no coercion, immutable."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -48,9 +49,9 @@ def problem(
         remedy: one sentence that says what to do.
     """
     parts = {"got": got, "allowed": allowed, "remedy": remedy}
-    # pydantic formats the template with the context, so braces that belong to the text are doubled
-    template = what.replace("{", "{{").replace("}", "}}") if "{" in what else what
-    return PydanticCustomError("dsso", template, {k: v for k, v in parts.items() if v is not None})  # type: ignore[arg-type]
+    context = {name: part for name, part in parts.items() if part is not None}
+    # pydantic fills {names} of the template from the context: the sentence is passed as one of them
+    return PydanticCustomError("dsso", "{what}", {"what": what, **context})
 
 
 class ModelConfig(StrictModel):
@@ -59,9 +60,9 @@ class ModelConfig(StrictModel):
     name: str = Field(min_length=1)
     """Hub name, local path, or a built-in: tiny-t5, tiny-roberta, tiny-bert, tiny-opt, tiny-llama, minilm."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """`random` takes the architecture alone (from its config) and draws the weights from `dsso.train.seed`."""
+    """`random` takes the architecture alone and draws the weights from `dsso.train.seed`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights; `auto` follows the `bf16` and `fp16` sections, anything else must agree with them."""
+    """Type of the weights; `auto` follows the sections `bf16` and `fp16`, others must agree with them."""
     gradient_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
     """Recompute activations in the backward pass, with either implementation of torch."""
     attention: str | None = None
@@ -94,9 +95,9 @@ class PeftConfig(StrictModel):
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """lora: dropout probability at the input of the low-rank branch."""
     targets: list[str] | None = Field(default=None, min_length=1)
-    """lora: ends of module names that get a branch; null takes the attention projections of the model family."""
+    """lora: ends of module names that get a branch; null takes the attention projections of the family."""
     variant: Literal["houlsby", "pfeiffer"] = "houlsby"
-    """adapter: after attention and after feed-forward (`houlsby`), or after feed-forward only (`pfeiffer`)."""
+    """adapter: behind attention and feed-forward (`houlsby`), or behind feed-forward only (`pfeiffer`)."""
     bottleneck: int = Field(default=64, ge=1)
     """adapter: width of the narrow layer."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
@@ -106,7 +107,7 @@ class PeftConfig(StrictModel):
     prefix_projection: bool = False
     """prefix: learn the prefix through a two-layer perceptron."""
     modules_to_save: list[str] | None = Field(default=None, min_length=1)
-    """Ends of names of existing modules that are trained as well; null takes the classification head, if any."""
+    """Ends of names of modules that are trained as well; null takes the classification head, if any."""
 
     @model_validator(mode="after")
     def _only_fields_of_the_type(self) -> Self:
@@ -241,44 +242,46 @@ def parse(model: type[_Model], data: object, where: str) -> _Model:
             several things are wrong, all of them are told.
     """
     if not isinstance(data, Mapping):
-        raise RecipeError(
-            "must be an object", where=where, got=data, remedy='write it as {"key": value, ...}'
-        )
+        raise _no_object(where, data)
     try:
-        return model.model_validate(dict(data))
+        # validated as the JSON that a recipe is: in strict models only there does an array fill a tuple
+        return model.model_validate_json(json.dumps(dict(data)))
+    except TypeError as error:
+        raise RecipeError(f"cannot be written as JSON ({error})", where=where) from None
     except pydantic.ValidationError as error:
         told = [_told(detail, model, where) for detail in error.errors(include_url=False)]
         raise told[0] if len(told) == 1 else RecipeError("\n".join(str(one) for one in told)) from None
 
 
+def _no_object(where: str, got: object) -> RecipeError:
+    return RecipeError("must be an object", where=where, got=got, remedy='write it as {"key": value, ...}')
+
+
 def _told(detail: ErrorDetails, model: type[pydantic.BaseModel], where: str) -> RecipeError:
     """One pydantic error in the words of a `RecipeError`."""
-    path = ".".join([where, *(str(part) for part in detail["loc"])])
-    context = detail.get("ctx", {})
-    if detail["type"] == "dsso":
-        got = context.get("got", None if isinstance(detail["input"], Mapping) else detail["input"])
-        return RecipeError(
-            detail["msg"], where=path, got=got, allowed=context.get("allowed"), remedy=context.get("remedy")
-        )
-    if detail["type"] == "extra_forbidden":
+    *parents, last = [where, *(str(part) for part in detail["loc"])]
+    path = ".".join([*parents, last])
+    kind, got, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == "dsso":
+        got = context.get("got", None if isinstance(got, Mapping) else got)
+        allowed, remedy = context.get("allowed"), context.get("remedy")
+        return RecipeError(context["what"], where=path, got=got, allowed=allowed, remedy=remedy)
+    if kind == "extra_forbidden":
         fields = sorted(_fields_at(model, detail["loc"][:-1]))
-        name = str(detail["loc"][-1])
         return RecipeError(
-            "unknown key", where=path, got=name, allowed=fields, remedy="correct or remove the key"
+            "unknown key", where=path, got=last, allowed=fields, remedy="correct or remove the key"
         )
-    if detail["type"] == "missing":
+    if kind == "missing":
         return RecipeError(
-            "is required and missing", where=path, remedy=f"add {detail['loc'][-1]!r} to {where}"
+            "is required and missing", where=path, remedy=f"add {last!r} to {'.'.join(parents)}"
         )
-    if detail["type"] in {"literal_error", "enum"}:
-        options = [part.strip().strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
-        return RecipeError("is not one of the options", where=path, got=detail["input"], allowed=options)
-    if detail["type"].startswith("dict_type") or detail["type"].startswith("model_"):
-        return RecipeError(
-            "must be an object", where=path, got=detail["input"], remedy='write it as {"key": value, ...}'
-        )
+    if kind == "literal_error":
+        options = [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")]
+        return RecipeError("is not one of the options", where=path, got=got, allowed=options)
+    if kind == "model_type":
+        return _no_object(path, got)
     allowed = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return RecipeError("has a wrong type or value", where=path, got=detail["input"], allowed=allowed)
+    return RecipeError("has a wrong type or value", where=path, got=got, allowed=allowed)
 
 
 def _fields_at(model: type[pydantic.BaseModel], loc: tuple[int | str, ...]) -> set[str]:
