@@ -1,6 +1,7 @@
 """Values and intervals as pure functions of the step: `step -> value` and `step -> due or not`.
 
-Nothing here has a state, so a resumed run needs nothing restored and every rank agrees without a message. In a recipe:
+Nothing here has a state, so a resumed run needs nothing restored and every rank agrees without a message.
+In a recipe:
 
     "damping": 0.1
     "damping": {"type": "piecewise", "points": [[0, 0.1], [100, 0.01]]}
@@ -41,8 +42,8 @@ class ScheduleSpec:
     """A value that changes with the step.
 
     `piecewise` is a step function: each point `(step, value)` holds from that step on. The ramps `linear`,
-    `cosine` (half a wave) and `exponential` (constant ratio) hold `start` for `delay` steps, go to `end` within
-    `steps` steps and stay there.
+    `cosine` (half a wave) and `exponential` (constant ratio) hold `start` for `delay` steps, go to `end`
+    within `steps` steps and stay there.
     """
 
     type: Literal["piecewise", "linear", "cosine", "exponential"]
@@ -79,7 +80,7 @@ def value(spec: Scalar, step: int) -> float:
     if done in {0.0, 1.0}:
         return spec.end if done else spec.start
     if spec.type == "exponential":
-        return spec.start * (spec.end / spec.start) ** done
+        return spec.start * math.pow(spec.end / spec.start, done)
     share = done if spec.type == "linear" else 0.5 * (1.0 - math.cos(math.pi * done))
     return spec.start + (spec.end - spec.start) * share
 
@@ -125,7 +126,7 @@ def _pairs(data: object, what: str, form: str) -> list[tuple[Any, Any]]:
     """`[[a, b], …]`, whose `a` are steps that start at 0 and grow."""
     if not isinstance(data, Sequence) or isinstance(data, str) or not data:
         raise _wrong(f"{what}s must be a list that is not empty", got=data, allowed=form)
-    pairs = []
+    pairs: list[tuple[Any, Any]] = []
     for index, entry in enumerate(data):
         if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 2:
             raise _wrong(f"{what} {index} is not a pair", got=entry, allowed=form)
@@ -185,7 +186,7 @@ def parse_scalar(data: object) -> Scalar:
 def bounded(
     *, gt: float | None = None, ge: float | None = None, lt: float | None = None, le: float | None = None
 ) -> AfterValidator:
-    """A bound on all values of a `ScalarSchedule`: `Annotated[ScalarSchedule, bounded(gt=0.0)]`.
+    """Bounds that every value of a schedule must keep, for `Annotated[ScalarSchedule, …]`.
 
     Args:
         gt: every value is greater.
@@ -219,6 +220,7 @@ def _written(spec: Scalar) -> float | dict[str, Any]:
 
 _NUMBER = {"type": "number"}
 _STEP = {"type": "integer", "minimum": 0}
+_POINT = {"type": "array", "prefixItems": [_STEP, _NUMBER], "minItems": 2, "maxItems": 2}
 _SCALAR_SCHEMA: dict[str, Any] = {
     "anyOf": [
         _NUMBER,
@@ -263,8 +265,8 @@ ScalarSchedule: TypeAlias = Annotated[
 class Interval:
     """On which steps something is done: segments `(start, every)`.
 
-    From step `start` on it is due every `every` steps, at `start` itself first, until the next segment takes over;
-    `every = None` means never again. `Interval(((0, 1), (20, None)))` is due on the first twenty steps only.
+    From step `start` on it is due every `every` steps, at `start` itself first, until the next segment takes
+    over; `every = None` means never again: `Interval(((0, 1), (20, None)))` is due on the first twenty steps.
     """
 
     segments: tuple[tuple[int, int | None], ...]
@@ -326,5 +328,5 @@ class Interval:
     ) -> dict[str, Any]:
         """Both JSON forms."""
         positive = {"type": "integer", "minimum": 1}
-        pair = {"type": "array", "prefixItems": [_STEP, {"anyOf": [positive, {"type": "null"}]}]}
+        pair = {**_POINT, "prefixItems": [_STEP, {"anyOf": [positive, {"type": "null"}]}]}
         return {"anyOf": [positive, {"type": "array", "minItems": 1, "items": pair}]}
