@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from files import ROOT, python_files, short
+from tests.house.files import ROOT, python_files, short
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "linalg", "schedule", "config"),

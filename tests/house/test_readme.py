@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
-from files import ROOT, project_files, short
+
+from tests.house.files import ROOT, project_files, short
 
 PAGES = [path for path in project_files() if path.suffix == ".md"]
 _BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
