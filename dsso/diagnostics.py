@@ -1,0 +1,327 @@
+"""What a run tells: its files, the table at the start, and the two watchers that keep it honest.
+
+Files of a run: `config.json` (what was asked for), `metrics.jsonl` (a line per logged step and per evaluation),
+`summary.json` (how it ended). Watchers look at the figures of logging steps only, so they cost no
+synchronization of their own: `NoopWatch` (a method whose step is the plain gradient says so) and `SkipGuard`
+(a run that only skips steps ends with a message).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsso._version import __version__
+from dsso.errors import RunError
+
+NOOP_COSINE = 0.9999
+"""Above this cosine between update and gradient a method changes the length of the step and nothing else."""
+_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "safetensors", "pydantic")
+_ROWS_IN_FULL = 40
+
+
+def jsonable(value: Any) -> Any:
+    """The value with everything that JSON cannot hold replaced: NaN and infinities by null, paths by text."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return jsonable(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)
+
+
+class MetricsLog:
+    """Appends lines to `metrics.jsonl`; each is there whole or not at all.
+
+    A line that cannot be written (full disk) is kept and written before the next one.
+
+    Args:
+        path: the file; None writes nothing (ranks other than 0).
+        step: the step that the run goes on from: lines after it are dropped, they will be written again.
+    """
+
+    def __init__(self, path: Path | None, step: int = 0) -> None:
+        self.path = path
+        self._pending: list[bytes] = []
+        self._warned = False
+        self._handle = -1
+        if path is None:
+            return
+        if path.exists():
+            kept = b"".join(_lines_until(path, step))
+            aside = path.with_name(f".{path.name}.{os.getpid()}")
+            aside.write_bytes(kept)
+            aside.replace(path)
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def write(self, **figures: Any) -> None:
+        """Append one line."""
+        if self._handle < 0:
+            return
+        self._pending.append((json.dumps(jsonable(figures), allow_nan=False) + "\n").encode())
+        try:
+            self._flush()
+        except OSError as error:
+            if not self._warned:
+                print(
+                    f"warning: {self.path} cannot be written now ({error}); lines are kept", file=sys.stderr
+                )
+            self._warned = True
+
+    def close(self) -> None:
+        """Write what is pending and close the file.
+
+        Raises:
+            RunError: lines are still pending.
+        """
+        if self._handle < 0:
+            return
+        try:
+            self._flush()
+        except OSError as error:
+            raise RunError(
+                f"{len(self._pending)} lines could not be written ({error})",
+                where=str(self.path),
+                remedy="make room on the disk and go on with --resume auto",
+            ) from None
+        finally:
+            os.close(self._handle)
+            self._handle = -1
+
+    def _flush(self) -> None:
+        while self._pending:
+            line = self._pending[0]
+            start = os.lseek(self._handle, 0, os.SEEK_END)
+            try:
+                if os.write(self._handle, line) != len(line):
+                    raise OSError("only a part of a line fits")
+            except OSError:
+                os.ftruncate(self._handle, start)
+                raise
+            del self._pending[0]
+
+
+def _lines_until(path: Path, step: int) -> Iterable[bytes]:
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                yield line
+        except (ValueError, KeyError, TypeError):
+            continue  # cut short when the run before ended
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command line of this process, for `config.json`."""
+    versions = {"dsso": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "command": [sys.executable, *sys.argv],
+        "directory": str(Path.cwd()),
+        "versions": versions,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "devices": devices or ["cpu"],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that this process has held: on its accelerator, or in RAM without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)
+
+
+def method_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table *parameter -> method -> owner* as text.
+
+    Long tables are folded: parameters that differ in layer numbers only share a line. The whole table is in
+    `config.json`.
+
+    Args:
+        rows: `parameter, shape, method, owner, reason`, as an engine gives them.
+    """
+    entries = [(str(row["parameter"]), _cells(row)) for row in rows]
+    if len(entries) > _ROWS_IN_FULL:
+        folded: dict[tuple[str, str, str, str], list[tuple[str, str]]] = {}
+        for name, (shape, method, owner, reason) in entries:
+            folded.setdefault((re.sub(r"\d+", "*", name), shape, method, reason), []).append((name, owner))
+        entries = []
+        for (pattern, shape, method, reason), members in folded.items():
+            name = f"{pattern}  ({len(members)})" if len(members) > 1 else members[0][0]
+            owners = ",".join(sorted({owner for _, owner in members}, key=lambda one: (len(one), one)))
+            entries.append((name, (shape, method, owners, reason)))
+    head = ("parameter", "shape", "method", "owner", "reason")
+    lines = [head, *((name, *cells) for name, cells in entries)]
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    text = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
+        for line in lines
+    ]
+    methods = Counter(str(row["method"]) for row in rows)
+    text.append(", ".join(f"{method}: {count} parameters" for method, count in methods.most_common()))
+    return "\n".join(text)
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    shape = row.get("shape")
+    sides = (
+        "x".join(str(side) for side in shape) if isinstance(shape, list | tuple | torch.Size) else str(shape)
+    )
+    owner = row.get("owner")
+    return sides, str(row["method"]), "all" if owner is None else str(owner), str(row.get("reason") or "")
+
+
+class NoopWatch:
+    """Warns when a second-order method takes plain gradient steps.
+
+    Args:
+        window: so many steps in a row must be parallel to the gradient.
+        method: name of the method, for the message.
+        config: `optimizer.params`, for the explanation.
+    """
+
+    def __init__(self, window: int, method: str, config: Mapping[str, Any]) -> None:
+        self.window = window
+        self.method = method
+        self.config = config
+        self._since: int | None = None
+        self._last = 0
+        self._warned = False
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"since": self._since, "last": self._last, "warned": self._warned}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` gave."""
+        self._since, self._last, self._warned = state["since"], state["last"], state["warned"]
+
+    def update(self, step: int, health: Mapping[str, float]) -> str | None:
+        """Look at a logged step; the warning when a whole window was parallel, else None.
+
+        It is told once per stretch of such steps.
+        """
+        cosine = health.get("cos_update_grad")
+        parallel = cosine is not None and cosine > NOOP_COSINE
+        if not parallel:
+            self._since, self._warned = None, False
+        elif self._since is None:
+            # a figure stands for the steps since the one logged before it
+            self._since = self._last
+        self._last = step
+        if self._since is None or self._warned or step - self._since < self.window:
+            return None
+        self._warned = True
+        return (
+            f"warning: {self.method} is doing nothing: since step {self._since} its update has been parallel to"
+            f" the gradient (cos_update_grad {cosine:.6f} > {NOOP_COSINE} over {step - self._since} steps,"
+            f" dsso.train.noop_window = {self.window}); this is gradient descent at the price of {self.method}.\n"
+            f"  why: {self._why(health)}"
+        )
+
+    def _why(self, health: Mapping[str, float]) -> str:
+        reasons = []
+        age = health.get("factor_age")
+        if age is not None and (not math.isfinite(age) or age < 0):
+            reasons.append(
+                "no curvature has been inverted yet: let factor_interval and inverse_interval be due earlier"
+            )
+        if health.get("factor_failures", 0) > 0:
+            reasons.append(f"{health['factor_failures']:.0f} factorizations failed")
+        mode, damping = self.config.get("damping_mode"), health.get("damping")
+        if damping is not None:
+            kind = f"{mode} damping" if mode else "damping"
+            reasons.append(
+                f"most likely the {kind} of {damping:g} is too strong for this curvature: lower"
+                " optimizer.params.damping"
+                + (" or set damping_mode to 'relative'" if mode == "absolute" else " (1e-1 to 1e-3 is usual)")
+            )
+        return (
+            "; ".join(reasons)
+            or "too strong a damping, or no parameter that the method takes (see the table)"
+        )
+
+
+class SkipGuard:
+    """Ends a run that skips one step after the other.
+
+    Args:
+        limit: `dsso.train.max_consecutive_skips`.
+        dynamic_scale: fp16 with a dynamic loss scale, where skipping is how the scale is found.
+    """
+
+    def __init__(self, limit: int, dynamic_scale: bool = False) -> None:
+        self.limit = limit
+        self.dynamic_scale = dynamic_scale
+
+    def check(self, step: int, health: Mapping[str, float], bad_losses: Sequence[int]) -> None:
+        """Look at a logged step.
+
+        Args:
+            step: steps taken.
+            health: figures of the engine, the same on all ranks.
+            bad_losses: per rank, micro-batches with a non-finite loss since the last logged step.
+
+        Raises:
+            RunError: too many steps in a row were skipped.
+        """
+        skipped = int(health.get("consecutive_skips", 0))
+        scale = health.get("loss_scale", 1.0)
+        if skipped < self.limit or (self.dynamic_scale and scale > 1.0):
+            return
+        ranks = [f"rank {rank} ({count} micro-batches)" for rank, count in enumerate(bad_losses) if count]
+        source = (
+            f"the loss was not finite on {', '.join(ranks)}"
+            if ranks
+            else "the losses were finite, the gradients were not"
+        )
+        raise RunError(
+            f"{skipped} steps in a row were skipped, the last is step {step} (first: {step - skipped + 1});"
+            f" since the last logged step {source}",
+            where="dsso.train.max_consecutive_skips",
+            got=self.limit,
+            remedy="lower the learning rate, look at the data of these steps, or train in bf16 or fp32",
+        )
+
+
+class SkipNotice:
+    """Tells of skipped steps once per logging step, when their number has grown."""
+
+    def __init__(self, skipped: int = 0) -> None:
+        self.skipped = skipped
+
+    def update(self, step: int, health: Mapping[str, float], bad_losses: Sequence[int]) -> str | None:
+        """The notice, or None."""
+        total = int(health.get("skipped_steps", 0))
+        new, self.skipped = total - self.skipped, total
+        if new <= 0:
+            return None
+        where = ", ".join(f"rank {rank}" for rank, count in enumerate(bad_losses) if count)
+        cause = f"non-finite loss on {where}" if where else "non-finite gradient"
+        return f"step {step}: {new} step(s) skipped on all ranks ({cause}; {total} in all)"
