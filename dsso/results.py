@@ -66,7 +66,9 @@ class Run:
         points = [*points[:-1:stride], points[-1]]
         spans = [(since, to) for since, to in pairwise(points) if to[0] > since[0]]
         rates = [(to[1] - since[1]) / (to[0] - since[0]) for since, to in spans]
-        return [to[0] for _, to in spans], [min(max(rate, 0.0), 1.0) for rate in rates]
+        # each value belongs to the steps before its end; the first one is repeated where its window starts
+        shares = [min(max(rate, 0.0), 1.0) for rate in rates]
+        return [0.0, *(to[0] for _, to in spans)], [*shares[:1], *shares]
 
     def metric(self) -> str | None:
         """Name of the main validation metric."""

@@ -67,7 +67,7 @@ def test_clip_rate_of_windows(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "kfac", steps=1)
     lines = [{"step": 10, "loss": 1.0, "clip_events": 10}, {"step": 20, "loss": 1.0, "clip_events": 10}]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert results.read_run(folder).clip_rate() == ([10, 20], [1.0, 0.0])
+    assert results.read_run(folder).clip_rate() == ([0, 10, 20], [1.0, 1.0, 0.0])
 
 
 def test_the_picture_has_a_panel_for_every_figure(tmp_path: Path) -> None:
