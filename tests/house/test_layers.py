@@ -13,7 +13,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("curvature", "parallel"),
     ("clip", "optim"),
     ("engines",),
-    ("recipe", "checkpoint", "preempt", "diagnostics", "results", "plots", "tasks"),
+    (
+        "ds_keys",
+        "recipe_checks",
+        "recipe",
+        "checkpoint",
+        "preempt",
+        "diagnostics",
+        "results",
+        "plots",
+        "tasks",
+    ),
     ("launch",),
 )
 """Lowest first. A module may import its own layer and those below it."""
