@@ -1,7 +1,7 @@
 """Checks of the part of a recipe that DeepSpeed reads: keys, types, and combinations that cannot work.
 
-Every function raises `RecipeError` with the path, the value, what is allowed and what to do, or returns what it
-read.
+Every function raises `RecipeError` with the path, the value, what is allowed and what to do, or returns what
+it read.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def check_for_method(raw: Mapping[str, Any], method: str, stage: int) -> None:
     size = lookup(raw, "zero_optimization.sub_group_size", "auto")
     if stage == 3 and size not in ("auto", SUB_GROUP_SIZE):
         raise RecipeError(
-            f"at stage 3, {method} needs all trainable parameters in one sub-group, since its step is clipped "
+            f"at stage 3, {method} needs all trainable parameters in one sub-group: the step is clipped "
             "by the norm over all of them",
             where="zero_optimization.sub_group_size",
             got=size,

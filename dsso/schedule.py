@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
-    AfterValidator,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     PlainSerializer,
@@ -183,10 +182,49 @@ def parse_scalar(data: object) -> Scalar:
     return ScheduleSpec(kind, start=start, end=end, steps=steps, delay=delay)
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """Bounds that every value of a schedule must keep, see `bounded`."""
+
+    gt: float | None = None
+    """Every value is greater."""
+    ge: float | None = None
+    """Every value is greater or equal."""
+    lt: float | None = None
+    """Every value is less."""
+    le: float | None = None
+    """Every value is less or equal."""
+
+    def _breaks(self, level: float) -> bool:
+        return (
+            (self.gt is not None and level <= self.gt)
+            or (self.ge is not None and level < self.ge)
+            or (self.lt is not None and level >= self.lt)
+            or (self.le is not None and level > self.le)
+        )
+
+    def check(self, spec: Scalar) -> Scalar:
+        """The schedule itself.
+
+        Raises:
+            PydanticCustomError: with the first value that is out of bounds.
+        """
+        for level in filter(self._breaks, values(spec)):
+            signs = [(">", self.gt), (">=", self.ge), ("<", self.lt), ("<=", self.le)]
+            allowed = " and ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None)
+            said = "takes a value out of range" if isinstance(spec, ScheduleSpec) else "is out of range"
+            raise _wrong(said, got=level, allowed=allowed)
+        return spec
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Check after the schedule was read."""
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+
 def bounded(
     *, gt: float | None = None, ge: float | None = None, lt: float | None = None, le: float | None = None
-) -> AfterValidator:
-    """Bounds that every value of a schedule must keep, for `Annotated[ScalarSchedule, …]`.
+) -> Bounds:
+    """Bounds for the type of a field, as in `Annotated[ScalarSchedule, bounded(gt=0.0)]`.
 
     Args:
         gt: every value is greater.
@@ -194,24 +232,7 @@ def bounded(
         lt: every value is less.
         le: every value is less or equal.
     """
-    bounds = [(">", gt), (">=", ge), ("<", lt), ("<=", le)]
-    allowed = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
-
-    def check(spec: Scalar) -> Scalar:
-        for level in values(spec):
-            if (
-                (gt is not None and level <= gt)
-                or (ge is not None and level < ge)
-                or (lt is not None and level >= lt)
-                or (le is not None and level > le)
-            ):
-                said = (
-                    "is out of range" if not isinstance(spec, ScheduleSpec) else "takes a value out of range"
-                )
-                raise _wrong(said, got=level, allowed=allowed)
-        return spec
-
-    return AfterValidator(check)
+    return Bounds(gt, ge, lt, le)
 
 
 def _written(spec: Scalar) -> float | dict[str, Any]:
