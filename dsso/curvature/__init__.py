@@ -1,0 +1,1 @@
+"""How curvature statistics are measured on a live model: layers, hooks, token masks, sampled labels."""

@@ -1,0 +1,63 @@
+"""Second-order and zeroth-order optimization of large transformers inside the engines that train them.
+
+    engine, optimizer, loader, scheduler = dsso.initialize(model=model, config="recipe.json")
+    for batch in loader:
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from dsso._version import __version__
+from dsso.engines import build, launch_environment, start
+from dsso.engines.base import EngineBase
+from dsso.optim._partition import PartitionOptimizer
+from dsso.recipe import load_recipe
+
+__all__ = ["__version__", "initialize"]
+
+
+def initialize(
+    model: nn.Module,
+    config: str | Path | Mapping[str, Any],
+    training_data: Dataset[Any] | None = None,
+    collate_fn: Any = None,
+) -> tuple[EngineBase, PartitionOptimizer, DataLoader[Any] | None, Any]:
+    """Put a model into the engine that a recipe names, with the recipe's optimizer.
+
+    Args:
+        model: the model, adapters added and `requires_grad` flags set.
+        config: a recipe, or the path of one.
+        training_data: a data set for the returned loader; each rank sees its own share.
+        collate_fn: of the loader.
+
+    Returns:
+        `(engine, optimizer, loader, scheduler)` as `deepspeed.initialize` returns them; loader and scheduler are
+        None where there is none. `engine.backward(loss, terms=n)` takes the number of loss terms behind a mean
+        loss; where the model is given labels, it is counted from them.
+
+    Raises:
+        RecipeError: for a recipe that cannot be used; nothing was started.
+    """
+    recipe = load_recipe(config)
+    environment = launch_environment()
+    resolved = recipe.resolved(environment.world_size)
+    start(environment, resolved.dsso.train.timeout_minutes)
+    engine = build(model, resolved, environment)
+    loader: DataLoader[Any] | None = None
+    if training_data is not None:
+        sampler: DistributedSampler[Any] | None = None
+        if environment.world_size > 1:
+            sampler = DistributedSampler(training_data, environment.world_size, environment.rank)
+        loader = DataLoader(
+            training_data, resolved.micro_batch, shuffle=sampler is None, sampler=sampler, collate_fn=collate_fn, drop_last=True
+        )
+    return engine, engine.optimizer, loader, getattr(engine, "scheduler", None)

@@ -1,0 +1,107 @@
+"""From a model and a resolved recipe to an engine."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsso.engines.base import EngineBase
+from dsso.engines.deepspeed import DeepSpeedEngine
+from dsso.engines.environment import Environment, launch_environment
+from dsso.engines.single import SingleEngine
+from dsso.errors import RecipeError
+from dsso.optim import available, resolve
+from dsso.optim._partition import Clipping, PartitionOptimizer
+from dsso.optim._rules import Rule
+from dsso.parallel import collectives
+
+
+def make_optimizer(model: nn.Module, kind: str, config: Any, device: torch.device, clip: float = 0.0) -> PartitionOptimizer:
+    """The optimizer of a recipe, not attached to an engine yet.
+
+    Args:
+        model: the unwrapped model.
+        kind: `optimizer.type`.
+        config: its validated parameters.
+        device: where the method's state lives.
+        clip: largest gradient norm for baselines; 0: none.
+    """
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise RecipeError("no parameter of the model is trainable", where="dsso.peft")
+    parameters = [p for _, p in trainable]
+    if kind.upper() in available():
+        method = resolve(kind).Method(config, model, device, collectives.rank(), collectives.world_size())
+        clipping = Clipping(config.clip, config.tau, config.kl_clip)
+        return PartitionOptimizer(parameters, config.lr, method.rules(), method, clipping)
+    clipping = Clipping("pre", clip) if clip > 0 else Clipping()
+    rules = {n: _baseline_rule(kind, config, p.dim() > 1) for n, p in trainable}
+    return PartitionOptimizer(parameters, config.lr, rules, None, clipping)
+
+
+def _baseline_rule(kind: str, config: Any, is_matrix: bool) -> Rule:
+    """AdamW, Adam or SGD; biases and norms are not decayed."""
+    decay = config.weight_decay if is_matrix else 0.0
+    if kind.lower() == "sgd":
+        return Rule("sgd", 1.0, decay, config.momentum)
+    return Rule("adamw", 1.0, decay, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+
+
+def _scheduler(optimizer: PartitionOptimizer, section: dict[str, Any] | None) -> Any:
+    """DeepSpeed's own scheduler classes, so that a recipe means the same without DeepSpeed's engine."""
+    if not section:
+        return None
+    from deepspeed.runtime import lr_schedules
+
+    return getattr(lr_schedules, section["type"])(optimizer, **section.get("params", {}))
+
+
+def build(model: nn.Module, resolved: Any, environment: Environment | None = None) -> EngineBase:
+    """The engine that a resolved recipe asks for; collective under a launcher.
+
+    Without a launcher a DeepSpeed recipe runs on one device without DeepSpeed: by the invariance of the step the
+    result is the same.
+
+    Args:
+        model: the model, with its adapters and `requires_grad` flags.
+        resolved: from `dsso.recipe`.
+        environment: from `launch_environment`; read anew when None.
+
+    Raises:
+        RecipeError: for an engine, precision or model that cannot work.
+    """
+    environment = environment or launch_environment()
+    device = environment.device
+    ds_config = dict(resolved.ds_config)
+    clip = float(ds_config.get("gradient_clipping", 0.0))
+    # Clipping is done once, by dsso's own reduction.
+    ds_config["gradient_clipping"] = 0.0
+    ds_config["zero_allow_untested_optimizer"] = True
+    single = resolved.dsso.engine == "single" or environment.launcher == "none"
+    if single and environment.world_size > 1:
+        raise RecipeError(
+            "the single engine runs one process",
+            where="dsso.engine",
+            got=f"{environment.world_size} processes",
+            remedy="set dsso.engine to deepspeed, or start without a launcher",
+        )
+    if single:
+        if ds_config.get("fp16", {}).get("enabled"):
+            raise RecipeError(
+                "fp16 needs DeepSpeed's loss scaling",
+                where="fp16.enabled",
+                remedy="start through deepspeed (also with one process), or use bf16 or fp32",
+            )
+        if resolved.dsso.engine != "single":
+            sys.stderr.write("no launcher: one device, without DeepSpeed\n")
+        if ds_config.get("bf16", {}).get("enabled"):
+            model.to(torch.bfloat16)
+        model.to(device)
+    optimizer = make_optimizer(model, resolved.optimizer_type, resolved.optimizer_config, device, clip)
+    if single:
+        scheduler = _scheduler(optimizer, ds_config.get("scheduler"))
+        return SingleEngine(model, optimizer, device, resolved.gas, resolved.micro_batch, scheduler)
+    return DeepSpeedEngine(model, optimizer, device, ds_config)

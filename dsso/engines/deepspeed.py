@@ -1,0 +1,237 @@
+"""DeepSpeed ZeRO-0/1/2/3: dsso as the client optimizer on DeepSpeed's own flat partitions.
+
+DeepSpeed reduces, averages, unscales and overflow-checks the gradients and gathers the weights; dsso's optimizer is
+stepped once per accumulation window on the fp32 partition, whose layout is read once, here, and verified against
+the model before the first step.
+
+Where the partition is:
+
+- stage 0, fp32: the parameters; bf16: fp32 copies of them, one each
+- stages 1, 2 (and stage 1 with bf16 weights and fp32 accumulation): a slice of one flat buffer, which may cut a
+  parameter anywhere: `_hp_mapping` of each parameter
+- stage 3: an equal slice of every parameter, the last one padded
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsso.engines.base import EngineBase
+from dsso.errors import RunError
+from dsso.optim._partition import PartitionOptimizer
+from dsso.parallel import collectives
+from dsso.parallel.fragments import Span
+
+
+class DeepSpeedEngine(EngineBase):
+    """A `deepspeed.DeepSpeedEngine` with a second-order step; what is not defined here is DeepSpeed's own.
+
+    Args:
+        module: the model, its `requires_grad` flags set.
+        optimizer: carries the method; it is attached here.
+        device: of this rank.
+        ds_config: a configuration that DeepSpeed can parse, without an optimizer section.
+
+    Raises:
+        RunError: when DeepSpeed's partition is not what dsso reads it to be.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: PartitionOptimizer, device: torch.device, ds_config: Mapping[str, Any]
+    ) -> None:
+        import deepspeed  # heavy, and not needed by the other engines
+
+        names = {id(p): n for n, p in module.named_parameters() if p.requires_grad}
+        sizes = {n: p.numel() for n, p in module.named_parameters() if p.requires_grad}
+        config = dict(ds_config)
+        super().__init__(
+            module, optimizer, device, int(config["gradient_accumulation_steps"]), int(config["train_micro_batch_size_per_gpu"])
+        )
+        self._frozen_weights = any(not p.requires_grad for p in module.parameters())
+        self._ds, _, _, self.scheduler = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        self._names = names
+        buffers, spans = self._layout()
+        self._verify(buffers, spans)
+        try:
+            optimizer.attach(buffers, spans, sizes)
+        except ValueError as error:
+            raise RunError(
+                f"DeepSpeed's partition cannot be read: {error}",
+                where=f"zero_optimization.stage {self.stage}",
+                remedy="use a DeepSpeed version that dsso is tested with",
+            ) from error
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_ds":
+            raise AttributeError(name)
+        return getattr(self._ds, name)
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage."""
+        return int(self._ds.zero_optimization_stage())
+
+    # -- layout -------------------------------------------------------------------------------------------------
+
+    def _layout(self) -> tuple[list[Tensor], list[Span]]:
+        """Flat fp32 buffers of this rank, and what lies where in them."""
+        zero = self._ds.optimizer
+        if self.stage == 3:
+            return self._layout_stage_3(zero)
+        for flat, groups in (("single_partition_of_fp32_groups", "bit16_groups"), ("fp32_groups_flat_partition", "bf16_groups")):
+            if hasattr(zero, flat):
+                return self._layout_flat(list(getattr(zero, flat)), getattr(zero, groups))
+        if hasattr(zero, "fp32_groups"):
+            copies = [p for group in zero.fp32_groups for p in group]
+            models = [p for group in zero.fp16_groups for p in group]
+        else:
+            copies = models = list(zero.param_groups[0]["params"])
+        spans = [Span(self._names[id(p)], 0, p.numel(), i, 0) for i, p in enumerate(models)]
+        return copies, spans
+
+    def _layout_flat(self, buffers: list[Tensor], groups: Any) -> tuple[list[Tensor], list[Span]]:
+        if len(buffers) != 1:
+            raise RunError(
+                f"DeepSpeed made {len(buffers)} parameter groups, a global Newton step needs one",
+                where=f"zero_optimization.stage {self.stage}",
+            )
+        spans = []
+        for parameter in groups[0]:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                inside, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+                spans.append(Span(self._names[id(parameter)], inside.start, inside.numel, 0, flat.start))
+        return buffers, spans
+
+    def _layout_stage_3(self, zero: Any) -> tuple[list[Tensor], list[Span]]:
+        if len(zero.fp16_groups) != 1:
+            raise RunError(
+                f"DeepSpeed made {len(zero.fp16_groups)} sub-groups, a global Newton step needs one",
+                where="zero_optimization.sub_group_size",
+                remedy="leave sub_group_size out of the recipe",
+            )
+        spans = []
+        offset = 0
+        for parameter in zero.fp16_groups[0]:
+            piece = int(parameter.partition_numel())
+            start = min(self.rank * piece, int(parameter.ds_numel))
+            numel = min(piece, int(parameter.ds_numel) - start)
+            spans.append(Span(self._names[id(parameter)], start, numel, 0, offset))
+            offset += piece
+        return list(zero.fp32_partitioned_groups_flat), spans
+
+    def _verify(self, buffers: list[Tensor], spans: list[Span]) -> None:
+        """Compare every piece of the partition with the model's weights; all ranks fail together."""
+        parameters = {self._names[id(p)]: p for p in self.module.parameters() if id(p) in self._names}
+        wrong = ""
+        for span in spans:
+            parameter = parameters[span.name]
+            if self.stage == 3:
+                model = parameter.ds_tensor.view(-1)[: span.numel]
+            else:
+                model = parameter.detach().reshape(-1)[span.start : span.start + span.numel]
+            held = buffers[span.buffer].detach().view(-1)[span.offset : span.offset + span.numel]
+            if not torch.equal(held.to(model.dtype), model.to(held.device)):
+                wrong = span.name
+                break
+        found = [name for name in collectives.gather_objects(wrong) if name]
+        if found:
+            raise RunError(
+                "DeepSpeed's partition does not hold the weights where its own tables say",
+                where=f"zero_optimization.stage {self.stage}, parameter {found[0]}",
+                remedy="leave round_robin_gradients off, and use a DeepSpeed version that dsso is tested with",
+            )
+
+    # -- passes -------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass through DeepSpeed."""
+        self._before_forward()
+        return self._ds(*args, **kwargs)
+
+    def _loss_scale(self) -> float:
+        if not self._ds.fp16_enabled():
+            return 1.0
+        zero = self._ds.optimizer
+        return float(zero.cur_scale if hasattr(zero, "cur_scale") else zero.loss_scale)
+
+    def backward(self, loss: Tensor, terms: float | Tensor | None = None) -> None:
+        """Backward pass of one micro-batch through DeepSpeed."""
+        self._before_backward(terms)
+        self._ds.backward(loss)
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """True when the next `step()` updates the parameters."""
+        return bool(self._ds.is_gradient_accumulation_boundary())
+
+    def step(self) -> None:
+        """Optimizer step at the end of a window, else nothing."""
+        boundary = self.is_gradient_accumulation_boundary()
+        self._ds.step()
+        if boundary:
+            self._after_step()
+
+    def train(self, mode: bool = True) -> Any:
+        """Put the model in training mode."""
+        return self._ds.train(mode)
+
+    def eval(self) -> Any:
+        """Put the model in evaluation mode."""
+        return self._ds.eval()
+
+    def health(self) -> dict[str, float]:
+        """Figures about the last step, with the steps that DeepSpeed itself dropped."""
+        figures = super().health()
+        figures["skipped_steps"] = figures.get("skipped_steps", 0.0) + float(self._ds.skipped_steps)
+        return figures
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, save_dir: str | Path, tag: str, client_state: Mapping[str, Any]) -> None:
+        """Write `save_dir/tag/`; collective. Frozen weights are left out: they come from the model's source."""
+        self._ds.save_checkpoint(
+            str(save_dir),
+            tag=tag,
+            client_state={"dsso_client": dict(client_state), "dsso_steps": self.global_steps},
+            save_latest=False,
+            exclude_frozen_parameters=self._frozen_weights,
+        )
+        self._save_method(Path(save_dir) / tag)
+
+    def load_checkpoint(self, load_dir: str | Path, tag: str) -> dict[str, Any]:
+        """Read what `save_checkpoint` wrote; collective."""
+        path, state = self._ds.load_checkpoint(
+            str(load_dir), tag=tag, load_module_strict=not self._frozen_weights
+        )
+        if path is None:
+            raise RunError("DeepSpeed could not load the checkpoint", where=str(Path(load_dir) / tag))
+        self.optimizer.adopt(self._layout()[0])
+        self.global_steps = int(state["dsso_steps"])
+        self._load_method(Path(load_dir) / tag)
+        client: dict[str, Any] = state["dsso_client"]
+        return client
+
+    def gathered_state_dict(self, trainable_only: bool = True) -> dict[str, Tensor]:
+        """Full parameters by name on the CPU of rank 0, empty elsewhere; collective."""
+        import deepspeed
+
+        out: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            if trainable_only and not parameter.requires_grad:
+                continue
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                if self.rank == 0:
+                    out[name] = parameter.detach().cpu().clone()
+        return out
+
+    def close(self) -> None:
+        """Take the hooks off the model and let DeepSpeed release what it holds."""
+        self._close_hooks()
+        self._ds.destroy()

@@ -1,0 +1,74 @@
+"""Which process this is among how many, whoever launched it, and starting the process group.
+
+Known launchers set `RANK`, `LOCAL_RANK` and `WORLD_SIZE` (`deepspeed`, `torchrun`, `accelerate`). None of them set
+means one process and no process group; no MPI is looked for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dsso.errors import RecipeError
+
+_NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """This process among the launched ones.
+
+    Attributes:
+        rank, local_rank, world_size: as the launcher numbers them.
+        launcher: `none` or `env` (a launcher that sets the variables of torch).
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    launcher: str = "none"
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process: its GPU where there is one, else the CPU."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return torch.device("cpu")
+
+
+def launch_environment() -> Environment:
+    """Read the launcher's variables; nothing is started.
+
+    Raises:
+        RecipeError: when half of a launcher's variables are set.
+    """
+    present = [name for name in _NEEDED if name in os.environ]
+    if "RANK" not in present and "WORLD_SIZE" not in present:
+        return Environment()
+    missing = [name for name in _NEEDED if name not in os.environ]
+    if missing:
+        raise RecipeError(
+            f"the launcher set {', '.join(present)} but not {', '.join(missing)}",
+            where="environment",
+            remedy="start through deepspeed or torchrun, or unset these variables to run one process",
+        )
+    return Environment(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), "env")
+
+
+def start(environment: Environment, timeout_minutes: float = 10.0) -> None:
+    """Start the process group, unless there is no launcher or it is running already.
+
+    Args:
+        environment: from `launch_environment`.
+        timeout_minutes: a collective that waits longer than this for another rank fails.
+    """
+    if environment.launcher == "none" or dist.is_initialized():
+        return
+    if environment.device.type == "cuda":
+        torch.cuda.set_device(environment.device)
+    backend = "nccl" if environment.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))

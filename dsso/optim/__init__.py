@@ -1,0 +1,49 @@
+"""Optimization methods: one file is one method, and the file's name is the `type` in a recipe.
+
+`{"type": "KFAC"}` is `dsso.optim.kfac`, which offers `Config` (its parameters) and `Method` (what it does). Other
+packages add methods through the entry-point group `dsso.optimizers`. Files whose name starts with an underscore,
+and `base`, are shared machinery.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from importlib.metadata import entry_points
+from types import ModuleType
+
+from dsso.errors import RecipeError
+
+ENTRY_POINTS = "dsso.optimizers"
+
+
+def _known() -> dict[str, str]:
+    """Lower-case type to the name of the module that holds it."""
+    found = {
+        info.name: f"{__name__}.{info.name}"
+        for info in pkgutil.iter_modules(__path__)
+        if not info.name.startswith("_") and info.name != "base"
+    }
+    for point in entry_points(group=ENTRY_POINTS):
+        found.setdefault(point.name.lower(), point.value)
+    return found
+
+
+def available() -> list[str]:
+    """Types that a recipe may name, in capitals as the recipes write them."""
+    return sorted(name.upper() for name in _known())
+
+
+def resolve(kind: str) -> ModuleType:
+    """The module of a method.
+
+    Args:
+        kind: the recipe's `optimizer.type`; case does not matter.
+
+    Raises:
+        RecipeError: for an unknown type, with the nearest known one.
+    """
+    known = _known()
+    if kind.lower() not in known:
+        raise RecipeError("unknown optimizer", where="optimizer.type", got=kind, allowed=available())
+    return importlib.import_module(known[kind.lower()])

@@ -1,0 +1,349 @@
+"""The optimizer that an engine steps: method, clipping and base method on whatever pieces this rank holds.
+
+To the engine it is a plain `torch.optim.Optimizer` over flat fp32 partitions, whose gradients arrive averaged,
+unscaled and complete once per accumulation window. One step:
+
+    gradients --fragments--> owners --method--> updates of owned parameters
+    one reduction: ||u||^2, <u, g>, ||g||^2, not finite, waiting
+    updates --fragments--> the holders' gradient buffers, in place, times the clip scale
+    base method on the partition
+
+All decisions that need a device value are taken on the device, or one step later (`dsso.parallel.deferred`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsso.clip import ClipMode, StepNorms, clip_scale, cosine
+from dsso.optim._rules import Rule, apply_adamw, apply_sgd
+from dsso.optim.base import GradientMethod
+from dsso.parallel import collectives
+from dsso.parallel.deferred import Deferred
+from dsso.parallel.fragments import FragmentExchange, Span, SpanTable
+from dsso.schedule import Scalar, value
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What bounds the update; see `dsso.clip`."""
+
+    mode: ClipMode = "none"
+    tau: Scalar = 1.0
+    kl_clip: float | None = None
+
+
+@dataclass
+class _Piece:
+    """Adjacent spans under one rule."""
+
+    rule: Rule
+    buffer: int
+    offset: int
+    numel: int
+    step: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+class PartitionOptimizer(torch.optim.Optimizer):
+    """Optimizer over the flat buffers of this rank.
+
+    Args:
+        params: the model's trainable parameters; the engine replaces them by its flat partitions.
+        lr: learning rate, kept in `param_groups[0]["lr"]` where schedulers set it.
+        rules: base rule of every trainable parameter, by name.
+        method: what turns gradients into updates; None leaves all parameters to their rules.
+        clipping: bound on the update.
+
+    Attributes:
+        steps: calls of `step` so far; skipped ones count, steps that the engine itself dropped do not.
+        consecutive_skips, skipped: non-finite steps, known one step late.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        rules: Mapping[str, Rule],
+        method: GradientMethod | None,
+        clipping: Clipping,
+    ) -> None:
+        super().__init__([{"params": list(params)}], {"lr": lr})
+        self.rules = dict(rules)
+        self.method = method
+        self.clipping = clipping
+        self.steps = 0
+        self.skipped = 0
+        self.consecutive_skips = 0
+        self._buffers: list[Tensor] = []
+        self._pieces: list[_Piece] = []
+        self._rest: list[Span] = []
+        self._rest_weight = 1.0
+        self._exchange: FragmentExchange | None = None
+        self._outcome = Deferred()
+        self._retry = False
+        self._norms: StepNorms | None = None
+        self._scale = torch.ones(())
+        self._clip_events = torch.zeros(())
+
+    # -- attachment ---------------------------------------------------------------------------------------------
+
+    def attach(self, buffers: Sequence[Tensor], spans: Sequence[Span], sizes: Mapping[str, int]) -> SpanTable:
+        """Learn the layout; collective. Called once, when the engine has laid out its partitions.
+
+        Args:
+            buffers: flat (or to be flattened) fp32 tensors that this rank updates; their `.grad` is read in `step`.
+            spans: which piece of which parameter lies where in them.
+            sizes: elements of every trainable parameter, in model order.
+
+        Returns:
+            The table of all ranks.
+
+        Raises:
+            ValueError: when a parameter is not held completely.
+        """
+        table = SpanTable.collect(sizes, spans)
+        table.check()
+        me, world = collectives.rank(), collectives.world_size()
+        self._buffers = list(buffers)
+        owners = {} if self.method is None else self.method.owners
+        self._exchange = FragmentExchange(table, owners, me) if owners else None
+        self._rest = [s for s in table.ranks[me] if s.name not in owners and s.numel]
+        replicated = all(sum(s.numel for s in spans_) == sum(sizes.values()) for spans_ in table.ranks)
+        self._rest_weight = 1.0 / world if replicated else 1.0
+        self._pieces = self._merge(table.ranks[me])
+        device = self._buffers[0].device if self._buffers else torch.device("cpu")
+        self._scale = torch.ones((), device=device)
+        self._clip_events = torch.zeros((), device=device)
+        self._allocate()
+        return table
+
+    def _merge(self, spans: Sequence[Span]) -> list[_Piece]:
+        pieces: list[_Piece] = []
+        for span in sorted((s for s in spans if s.numel), key=lambda s: (s.buffer, s.offset)):
+            rule = self.rules[span.name]
+            last = pieces[-1] if pieces else None
+            if last and last.rule == rule and last.buffer == span.buffer and last.offset + last.numel == span.offset:
+                last.numel += span.numel
+            else:
+                pieces.append(_Piece(rule, span.buffer, span.offset, span.numel))
+        return pieces
+
+    def _allocate(self) -> None:
+        """Moments of every buffer, in full and at once: state is complete from the start.
+
+        They are kept as flat tensors under the names that engines know (`exp_avg`, `exp_avg_sq`, `step`), so that
+        the engine's own checkpoints hold them.
+        """
+        second = any(piece.rule.name == "adamw" for piece in self._pieces)
+        first = second or any(piece.rule.momentum for piece in self._pieces)
+        for buffer in self._buffers:
+            state = self.state[buffer]
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=buffer.device)
+                if first:
+                    state["exp_avg"] = torch.zeros_like(buffer, requires_grad=False)
+                if second:
+                    state["exp_avg_sq"] = torch.zeros_like(buffer, requires_grad=False)
+
+    def adopt(self, buffers: Sequence[Tensor]) -> None:
+        """Follow an engine that made new tensors for its partitions (on loading a checkpoint); same layout."""
+        self._buffers = list(buffers)
+        self._allocate()
+
+    # -- a window -----------------------------------------------------------------------------------------------
+
+    def begin_window(self) -> None:
+        """The first micro-batch of an accumulation window is about to run."""
+        if self.method is not None:
+            self.method.begin_window(self.steps, self._retry)
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        return tensor.view(-1)
+
+    def _gradients(self) -> list[Tensor]:
+        """Flat gradients of the buffers; a parameter that the loss does not reach has a zero one."""
+        out = []
+        for buffer in self._buffers:
+            if buffer.grad is None:
+                buffer.grad = torch.zeros_like(buffer, requires_grad=False)
+            elif not buffer.grad.is_contiguous():
+                buffer.grad = buffer.grad.contiguous()
+            out.append(self._flat(buffer.grad))
+        return out
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step on the gradients of the attached buffers; collective.
+
+        Raises:
+            RuntimeError: when `attach` was not called, or with a closure.
+        """
+        if closure is not None:
+            raise RuntimeError("this optimizer takes no closure: it needs gradients that the engine has averaged")
+        if not self._buffers:
+            raise RuntimeError("the optimizer is not attached to an engine: call attach() or dsso.initialize()")
+        self._read_outcome()
+        gradients = self._gradients()
+        lr = float(self.param_groups[0]["lr"])
+        updates: dict[str, Tensor] = {}
+        owned: dict[str, Tensor] = {}
+        device = gradients[0].device
+        waiting = torch.zeros((), device=device)
+        lost = torch.zeros((), dtype=torch.bool, device=device)
+        if self.method is not None:
+            owned = self._exchange.gather(gradients) if self._exchange else {}
+            lost = self._update_statistics(gradients, lost)
+            updates, waiting = self.method.precondition(owned)
+        self._norms = self._reduce(gradients, owned, updates, lost, waiting)
+        self._finish(gradients, updates, lr)
+        self.steps += 1
+
+    def _update_statistics(self, gradients: Sequence[Tensor], lost: Tensor) -> Tensor:
+        """Let the method take its statistics, unless the window is not finite on some rank."""
+        assert self.method is not None
+        measured = self.method.measured_badly()
+        if measured is None:
+            self.method.update(self.steps, None)
+            return lost
+        finite = torch.stack([torch.isfinite(g.square().sum()) for g in gradients]).all()
+        bad = (measured | ~finite).to(torch.float32)
+        bad = collectives.all_sum(bad.reshape(1))[0] > 0
+        self.method.update(self.steps, bad)
+        return bad
+
+    def _reduce(
+        self,
+        gradients: Sequence[Tensor],
+        owned: Mapping[str, Tensor],
+        updates: Mapping[str, Tensor],
+        lost: Tensor,
+        waiting: Tensor,
+    ) -> StepNorms:
+        """The global scalars of the step, in one all-reduce."""
+        device = gradients[0].device
+        zero = torch.zeros((), device=device)
+        uu, ug, gg = zero, zero, zero
+        if owned:
+            u = torch.cat([updates[name] for name in owned])
+            g = torch.cat([owned[name] for name in owned])
+            uu, ug, gg = torch.dot(u, u), torch.dot(u, g), torch.dot(g, g)
+        if self._rest:
+            views = [gradients[s.buffer].narrow(0, s.offset, s.numel) for s in self._rest]
+            rest = torch.nn.utils.get_total_norm(views).square().to(zero.dtype) * self._rest_weight
+            uu, ug, gg = uu + rest, ug + rest, gg + rest
+        # Infinity minus infinity must not hide: the flag is summed as a number of its own.
+        bad = (lost | ~torch.isfinite(uu + gg + ug)).to(torch.float32)
+        total = collectives.all_sum(torch.stack([uu, ug, gg, bad, waiting]))
+        flag = (total[3] > 0) | ~torch.isfinite(total[0] + total[2])
+        self._outcome.push(torch.stack([flag.to(torch.float32), total[4]]))
+        return StepNorms(total[0], total[1], total[2], flag)
+
+    def _finish(self, gradients: list[Tensor], updates: Mapping[str, Tensor], lr: float) -> None:
+        """Write the updates back, scale them, apply the base rules."""
+        assert self._norms is not None
+        clipping = self.clipping
+        self._scale = clip_scale(
+            self._norms, clipping.mode, value(clipping.tau, self.steps), clipping.kl_clip, lr
+        )
+        self._clip_events += ((self._scale < 1.0) & ~self._norms.bad).to(torch.float32)
+        if self._exchange is not None:
+            self._exchange.scatter(updates, gradients)
+        if clipping.mode != "none" or clipping.kl_clip is not None:
+            torch._foreach_mul_(gradients, self._scale)
+        self._apply(gradients, lr)
+
+    def _apply(self, gradients: Sequence[Tensor], lr: float) -> None:
+        """Base rules on all pieces, rule by rule."""
+        assert self._norms is not None
+        bad = self._norms.bad
+        by_rule: dict[Rule, list[_Piece]] = {}
+        for piece in self._pieces:
+            by_rule.setdefault(piece.rule, []).append(piece)
+        for rule, pieces in by_rule.items():
+            parameters = [self._view(self._buffers[p.buffer].detach(), p) for p in pieces]
+            updates = [self._view(gradients[p.buffer], p) for p in pieces]
+            states = [self.state[self._buffers[p.buffer]] for p in pieces]
+            rate = lr * rule.lr_ratio
+            if rule.name == "sgd":
+                momenta = [self._view(s["exp_avg"], p) for s, p in zip(states, pieces, strict=True)] if rule.momentum else updates
+                apply_sgd(rule, parameters, updates, momenta, rate, bad)
+            else:
+                first = [self._view(s["exp_avg"], p) for s, p in zip(states, pieces, strict=True)]
+                second = [self._view(s["exp_avg_sq"], p) for s, p in zip(states, pieces, strict=True)]
+                # The kernel counts every tensor's own steps; ours share one count a buffer.
+                steps = [s["step"].clone() for s in states]
+                apply_adamw(rule, parameters, updates, (first, second), steps, rate, bad)
+        taken = (~bad).to(torch.float32)
+        for buffer in self._buffers:
+            self.state[buffer]["step"] += taken.to(buffer.device)
+
+    def _view(self, tensor: Tensor, piece: _Piece) -> Tensor:
+        return self._flat(tensor).narrow(0, piece.offset, piece.numel)
+
+    def _read_outcome(self) -> None:
+        """What the step before this one came to: count skips, and repeat a refresh that was lost or came too early."""
+        outcome = self._outcome.pop()
+        self._retry = False
+        if outcome is None:
+            return
+        bad, waiting = outcome
+        self.skipped += int(bad > 0)
+        self.consecutive_skips = self.consecutive_skips + 1 if bad > 0 else 0
+        self._retry = bad > 0 or waiting > 0
+
+    # -- reports and state --------------------------------------------------------------------------------------
+
+    def health(self) -> dict[str, float]:
+        """Figures of the last step; synchronizes with the device."""
+        if self._norms is None:
+            return {}
+        norms = self._norms
+        figures = torch.stack(
+            [norms.uu.sqrt(), norms.gg.sqrt(), cosine(norms), self._scale, self._clip_events, norms.bad.to(norms.uu.dtype)]
+        ).tolist()
+        out = dict(
+            zip(("update_norm", "grad_norm", "cos_update_grad", "clip_scale", "clip_events"), figures[:5], strict=True)
+        )
+        bad = figures[5] > 0
+        out["skipped_steps"] = float(self.skipped + bad)
+        out["consecutive_skips"] = float(self.consecutive_skips + 1 if bad else 0)
+        out["tau"] = value(self.clipping.tau, max(self.steps - 1, 0))
+        if self.method is not None:
+            out.update(self.method.health())
+        return out
+
+    def state_bytes(self) -> int:
+        """Bytes of moments, and of the method's state, on this rank."""
+        own = sum(
+            t.numel() * t.element_size() for s in self.state.values() for t in s.values() if isinstance(t, Tensor)
+        )
+        return own + (self.method.state_bytes() if self.method is not None else 0)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Host-side state, the same on all ranks; tensors go through the method and the engine."""
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "consecutive_skips": self.consecutive_skips,
+            "retry": self._retry,
+            "outcome": self._outcome.peek(),
+            "clip_events": float(self._clip_events.item()),
+            "method": None if self.method is None else self.method.counters(),
+        }
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `extra_state` returned."""
+        self.steps = int(state["steps"])
+        self.skipped = int(state["skipped"])
+        self.consecutive_skips = int(state["consecutive_skips"])
+        self._retry = bool(state["retry"])
+        self._clip_events.fill_(float(state["clip_events"]))
+        if state["outcome"] is not None:
+            self._outcome.push(torch.tensor(state["outcome"]))
+        if self.method is not None and state["method"] is not None:
+            self.method.load_counters(state["method"])

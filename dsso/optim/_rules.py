@@ -1,0 +1,98 @@
+"""Base methods: SGD with momentum and AdamW on flat pieces of parameters, dropped as a whole by a device flag.
+
+Weight decay is decoupled from the update (Loshchilov and Hutter 2019). A dropped step leaves the parameters, the
+moments and the step counts bitwise as they were, without asking the device whether it was dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+RuleName = Literal["sgd", "adamw"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an update reaches a group of parameters.
+
+    Attributes:
+        name: `sgd` or `adamw`.
+        lr_ratio: learning rate over that of the recipe's schedule.
+        weight_decay: decoupled; the parameters shrink by lr * weight_decay a step.
+        momentum: of `sgd`: m <- momentum m + u, without dampening.
+        betas, eps: of `adamw`.
+    """
+
+    name: RuleName
+    lr_ratio: float = 1.0
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+def apply_sgd(
+    rule: Rule, parameters: list[Tensor], updates: list[Tensor], momenta: list[Tensor], lr: float, bad: Tensor
+) -> None:
+    """p <- (1 - lr wd) p - lr m with m <- momentum m + u, in place; nothing where `bad`.
+
+    Args:
+        rule: its constants.
+        parameters, updates, momenta: pieces of one shape each; the updates are overwritten.
+        lr: learning rate of the step.
+        bad: boolean scalar tensor.
+    """
+    keep = (~bad).to(torch.float32)
+    for p, u, m in zip(parameters, updates, momenta, strict=True):
+        # NaN times zero is NaN: a dropped update has to be replaced, not multiplied.
+        u.masked_fill_(bad, 0.0)
+        if rule.momentum:
+            m.mul_(torch.where(bad, 1.0, rule.momentum)).add_(u)
+            u = m  # noqa: PLW2901
+        if rule.weight_decay:
+            p.mul_(1.0 - keep * (lr * rule.weight_decay))
+        p.addcmul_(u, keep, value=-lr)
+
+
+def apply_adamw(
+    rule: Rule,
+    parameters: list[Tensor],
+    updates: list[Tensor],
+    moments: tuple[list[Tensor], list[Tensor]],
+    steps: list[Tensor],
+    lr: float,
+    bad: Tensor,
+) -> None:
+    """AdamW by torch's fused kernel, in place; nothing where `bad`.
+
+    Args:
+        rule: its constants.
+        parameters, updates: pieces of one shape each.
+        moments: first and second moments of the pieces.
+        steps: number of steps taken, one scalar tensor a piece.
+        lr: learning rate of the step.
+        bad: boolean scalar tensor.
+    """
+    adamw(
+        parameters,
+        updates,
+        moments[0],
+        moments[1],
+        [],
+        steps,
+        fused=True,
+        grad_scale=None,
+        found_inf=bad.to(torch.float32).reshape(()),
+        amsgrad=False,
+        beta1=rule.betas[0],
+        beta2=rule.betas[1],
+        lr=lr,
+        weight_decay=rule.weight_decay,
+        eps=rule.eps,
+        maximize=False,
+    )
