@@ -94,20 +94,21 @@ dsso_install() {
 }
 
 # On the CPU DeepSpeed compiles its communication operation once, for which it needs a compiler and Python's headers.
-dsso_toolchain() {
+dsso_compiler() {
     local -a packages=()
     command -v g++ >/dev/null || packages+=(g++)
     python -c 'import pathlib, sysconfig; (pathlib.Path(sysconfig.get_path("include")) / "Python.h").stat()' 2>/dev/null ||
         packages+=(python3-dev)
-    if [ ${#packages[@]} -gt 0 ]; then
-        dsso_system "DeepSpeed compiles its CPU communication operation" "${packages[@]}"
-        command -v g++ >/dev/null ||
-            python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null ||
-            dsso_die "there is no g++ and no GPU: DeepSpeed cannot run here"
-    fi
+    [ ${#packages[@]} -eq 0 ] || dsso_system "DeepSpeed compiles its CPU communication operation" "${packages[@]}"
+}
+
+dsso_check() {
     command -v ninja >/dev/null || dsso_pip -c constraints.txt ninja || dsso_die "ninja could not be installed"
+    command -v g++ >/dev/null || python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+        dsso_die "there is neither g++ nor a GPU: DeepSpeed cannot run here"
 }
 
 dsso_activate
+dsso_compiler
 dsso_install
-dsso_toolchain
+dsso_check

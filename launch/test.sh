@@ -19,7 +19,7 @@ step() {
 
 step "lint" ruff check .
 step "format" ruff format --check .
-step "types" python -m mypy --strict dsso launch
+step "types" python -m mypy --strict -p dsso -p launch
 step "tests" python -m pytest "$@"
 step "documentation" python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 

@@ -117,7 +117,7 @@ def test_a_failed_installation_stops_and_is_tried_again(project: Project) -> Non
 def without_compiler(project: Project, user: int) -> subprocess.CompletedProcess[str]:
     """Source the script on a machine without g++, as the given user."""
     (project.env / "bin" / "g++").unlink()
-    for tool in ("bash", "cat", "cut", "dirname", "sha256sum"):
+    for tool in ("bash", "cat", "cut", "dirname", "rm", "sha256sum"):
         (project.env / "bin" / tool).symlink_to(str(shutil.which(tool)))
     project.program("id", f"#!/bin/bash\necho {user}\n")
     project.program("apt-get", f'#!/bin/bash\necho "apt-get $*" >>"{project.log}"\n')
