@@ -221,18 +221,8 @@ class Bounds:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
-def bounded(
-    *, gt: float | None = None, ge: float | None = None, lt: float | None = None, le: float | None = None
-) -> Bounds:
-    """Bounds for the type of a field, as in `Annotated[ScalarSchedule, bounded(gt=0.0)]`.
-
-    Args:
-        gt: every value is greater.
-        ge: every value is greater or equal.
-        lt: every value is less.
-        le: every value is less or equal.
-    """
-    return Bounds(gt, ge, lt, le)
+bounded = Bounds
+"""Short form for the type of a field: `Annotated[ScalarSchedule, bounded(gt=0.0)]`."""
 
 
 def _written(spec: Scalar) -> float | dict[str, Any]:
