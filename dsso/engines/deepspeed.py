@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dsso.engines.base import EngineBase
-from dsso.errors import RunError
+from dsso.errors import RecipeError, RunError
 from dsso.optim._partition import PartitionOptimizer
 from dsso.parallel import collectives
 from dsso.parallel.fragments import Span
@@ -45,17 +45,27 @@ class DeepSpeedEngine(EngineBase):
         self, module: nn.Module, optimizer: PartitionOptimizer, device: torch.device, ds_config: Mapping[str, Any]
     ) -> None:
         import deepspeed  # heavy, and not needed by the other engines
+        from deepspeed.accelerator import get_accelerator
 
+        config = dict(ds_config)
+        if config.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
+            raise RecipeError(
+                "DeepSpeed does not support fp16 on this device",
+                where="fp16.enabled",
+                got=str(device),
+                remedy="use bf16 or fp32",
+            )
         names = {id(p): n for n, p in module.named_parameters() if p.requires_grad}
         sizes = {n: p.numel() for n, p in module.named_parameters() if p.requires_grad}
-        config = dict(ds_config)
         super().__init__(
             module, optimizer, device, int(config["gradient_accumulation_steps"]), int(config["train_micro_batch_size_per_gpu"])
         )
         self._frozen_weights = any(not p.requires_grad for p in module.parameters())
+        optimizer.dry_run = True
         self._ds, _, _, self.scheduler = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
+        optimizer.dry_run = False
         self._names = names
         buffers, spans = self._layout()
         self._verify(buffers, spans)

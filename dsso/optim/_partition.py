@@ -62,6 +62,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
     Attributes:
         steps: calls of `step` so far; skipped ones count, steps that the engine itself dropped do not.
         consecutive_skips, skipped: non-finite steps, known one step late.
+        dry_run: set while an engine is being built, which may step once to have states allocated.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self.steps = 0
         self.skipped = 0
         self.consecutive_skips = 0
+        self.dry_run = False
         self._buffers: list[Tensor] = []
         self._pieces: list[_Piece] = []
         self._rest: list[Span] = []
@@ -185,6 +187,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise RuntimeError("this optimizer takes no closure: it needs gradients that the engine has averaged")
+        if self.dry_run:
+            return
         if not self._buffers:
             raise RuntimeError("the optimizer is not attached to an engine: call attach() or dsso.initialize()")
         self._read_outcome()
