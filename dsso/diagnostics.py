@@ -1,9 +1,9 @@
 """What a run tells: its files, the table at the start, and the two watchers that keep it honest.
 
-Files of a run: `config.json` (what was asked for), `metrics.jsonl` (a line per logged step and per evaluation),
-`summary.json` (how it ended). Watchers look at the figures of logging steps only, so they cost no
-synchronization of their own: `NoopWatch` (a method whose step is the plain gradient says so) and `SkipGuard`
-(a run that only skips steps ends with a message).
+Files of a run: `config.json` (what was asked for), `metrics.jsonl` (a line per logged step and per
+evaluation), `summary.json` (how it ended). Watchers look at the figures of logging steps only, so they cost
+no synchronization of their own: `NoopWatch` (a method whose step is the plain gradient says so) and
+`SkipGuard` (a run that only skips steps ends with a message).
 """
 
 from __future__ import annotations
@@ -121,9 +121,11 @@ class MetricsLog:
 def _lines_until(path: Path, step: int) -> Iterable[bytes]:
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            figures = json.loads(line)
+            tested = figures.get("eval", {}).get("split") == "test"  # the end is reached again
+            if line.endswith(b"\n") and figures["step"] <= step and not tested:
                 yield line
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue  # cut short when the run before ended
 
 
@@ -239,9 +241,10 @@ class NoopWatch:
             return None
         self._warned = True
         return (
-            f"warning: {self.method} is doing nothing: since step {self._since} its update has been parallel to"
-            f" the gradient (cos_update_grad {cosine:.6f} > {NOOP_COSINE} over {step - self._since} steps,"
-            f" dsso.train.noop_window = {self.window}); this is gradient descent at the price of {self.method}.\n"
+            f"warning: {self.method} is doing nothing: since step {self._since} its update has been parallel"
+            f" to the gradient (cos_update_grad {cosine:.6f} > {NOOP_COSINE} over {step - self._since} steps,"
+            f" dsso.train.noop_window = {self.window}); this is gradient descent at the price of"
+            f" {self.method}.\n"
             f"  why: {self._why(health)}"
         )
 

@@ -1,0 +1,1 @@
+"""The one entry: `launch/train.py` and the parts of a run."""

@@ -1,0 +1,93 @@
+"""The command line of `launch/train.py`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from dsso.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the user asked for besides the recipe."""
+
+    ds_config: Path
+    """The recipe."""
+    output_dir: Path | None
+    """Takes precedence over the recipe's."""
+    overrides: tuple[str, ...]
+    """`a.b=c`, applied to the recipe in order."""
+    resume: str
+    """`none`, `auto`, or a path."""
+    overwrite: bool
+    """Remove the run that `output_dir` holds."""
+    check: bool
+    """Validate and print, start nothing."""
+    debug: bool
+    """Log every step, look for the operation that makes a NaN, show tracebacks of all errors."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports errors as every other error of a run is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(message, where="command line", remedy="launch/train.py --help lists the options")
+
+
+def parse(argv: Sequence[str] | None = None) -> Arguments:
+    """Read the command line.
+
+    Args:
+        argv: without the program's name; None takes `sys.argv`.
+
+    Raises:
+        RecipeError: for anything that is not understood.
+    """
+    parser = _Parser(
+        prog="launch/train.py",
+        description="Fine-tune a transformer as one JSON recipe describes it.",
+        epilog="Start it with deepspeed, torchrun or python.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ds_config", type=Path, required=True, metavar="FILE", help="the recipe")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="where the run is written")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="A.B=C",
+        help="change one value of the recipe; may be repeated",
+    )
+    parser.add_argument(
+        "--resume",
+        default="none",
+        metavar="auto|none|PATH",
+        help="auto: go on with the run in the output directory, or start it; PATH: a run or one checkpoint",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="remove the run that the output directory holds"
+    )
+    parser.add_argument("--check", action="store_true", help="validate, print what would run, start nothing")
+    parser.add_argument("--debug", action="store_true", help="log every step, find NaNs, show tracebacks")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    found = parser.parse_args(argv)
+    if found.resume == "auto" and found.overwrite:
+        raise RecipeError(
+            "--overwrite would remove the run that --resume auto goes on with",
+            where="command line",
+            remedy="give one of the two",
+        )
+    return Arguments(
+        ds_config=found.ds_config,
+        output_dir=found.output_dir,
+        overrides=tuple(found.overrides),
+        resume=found.resume,
+        overwrite=found.overwrite,
+        check=found.check,
+        debug=found.debug,
+    )

@@ -1,0 +1,252 @@
+"""The training loop: windows, logging steps, evaluations, checkpoints, the stop signal.
+
+One window is one optimizer step. Which examples it takes is a pure function of (seed, step), and every rank
+divides its sums of losses by the number of loss terms of the whole global batch, so a step does not depend on
+how the batch was split. Nothing here looks at a device value except on logging steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dsso.checkpoint import Checkpoint, Checkpointer, CheckpointError, find, rng_state, set_rng_state
+from dsso.curvature.labels import sample_labels
+from dsso.diagnostics import MetricsLog, NoopWatch, SkipGuard, SkipNotice
+from dsso.parallel.collectives import gather_objects, rank
+from dsso.preempt import StopRequest, control_device
+from dsso.tasks.data import Batch, global_batch, micro_batches
+from dsso.tasks.evaluate import per_term_losses
+from launch.best import Best
+from launch.prepare import Job
+from launch.progress import Progress
+
+if TYPE_CHECKING:
+    from dsso.engines.protocol import Engine
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended."""
+
+    reason: str
+    """`finished`, `patience` or `stopped`."""
+    signum: int | None = None
+    """The signal, for `stopped`."""
+
+
+class Loop:
+    """Trains one job.
+
+    Args:
+        job: what to train on.
+        engine: model and optimizer.
+        stop: the stop signal.
+        log: `metrics.jsonl`.
+    """
+
+    def __init__(self, job: Job, engine: Engine, stop: StopRequest, log: MetricsLog) -> None:
+        self.job = job
+        self.engine = engine
+        self.stop = stop
+        self.log = log
+        train = job.recipe.dsso.train
+        self.config = train
+        self.log_interval = 1 if job.arguments.debug else train.log_interval
+        self.save_interval = train.save_interval or train.eval_interval
+        self.step = 0
+        self.seconds = 0.0
+        self.last_loss: float | None = None
+        self.last_health: Mapping[str, float] = {}
+        self.best = Best(job.output_dir / "best", job.data.main_metric)
+        self.checkpoints = Checkpointer(job.output_dir / "checkpoints", train.keep_last)
+        self.progress = Progress(0, job.max_steps, speak=job.rank == 0)
+        self._noop: NoopWatch | None = None
+        if job.recipe.is_method:
+            params = job.recipe.optimizer_config.model_dump()
+            self._noop = NoopWatch(train.noop_window, job.recipe.optimizer_type, params)
+        fp16 = job.recipe.ds_config.get("fp16", {})
+        self._guard = SkipGuard(
+            train.max_consecutive_skips, bool(fp16.get("enabled")) and not fp16.get("loss_scale")
+        )
+        self._notice = SkipNotice()
+        # this rank's micro-batches since the last log: sum of finite losses, their number, number of others
+        self._sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
+        self._stop_device = control_device(engine.device)
+        self._tick = time.monotonic()
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on where a checkpoint was written; every rank calls it."""
+        state, own = self.checkpoints.load(self.engine, checkpoint)
+        self.step = checkpoint.step
+        self.seconds = state["seconds"]
+        self.last_loss = state["last_loss"]
+        self._notice.skipped = state["skipped"]
+        if self._noop is not None and state["noop"] is not None:
+            self._noop.restore(state["noop"])
+        self.best.restore(state["best"], checkpoint.path.parent.parent / "best")
+        self._sums.copy_(own["sums"])
+        set_rng_state(own["rng"])
+
+    def run(self) -> Outcome:
+        """Train until the last step, until patience is out, or until a signal.
+
+        Raises:
+            RunError: too many skipped steps, or a last checkpoint that cannot be written.
+        """
+        self.progress = Progress(self.step, self.job.max_steps, speak=self.job.rank == 0)
+        self._tick = time.monotonic()
+        self.engine.train()
+        try:
+            while True:
+                if self.step >= self.job.max_steps:
+                    return Outcome("finished")
+                if self.config.patience is not None and self.best.misses >= self.config.patience:
+                    self.progress.say(
+                        f"no improvement in {self.best.misses} evaluations: stopping (patience)"
+                    )
+                    return Outcome("patience")
+                self._window()
+                self.step += 1
+                self.progress.step()
+                signum = self._after_step()
+                if signum is not None:
+                    return Outcome("stopped", signum)
+        finally:
+            self.progress.close()
+
+    def _window(self) -> None:
+        """One optimizer step."""
+        job, engine = self.job, self.engine
+        gas = engine.gradient_accumulation_steps
+        indices = global_batch(len(job.data.train), job.recipe.global_batch, job.seed, self.step)
+        terms = sum(job.data.terms(index) for index in indices) / (job.world_size * gas)
+        for part in micro_batches(indices, job.rank, job.world_size, gas):
+            batch = job.data.collate([job.data.train[index] for index in part], part).to(engine.device)
+            loss = job.data.loss_sum(engine(**batch.inputs), batch) / terms
+            engine.backward(loss, terms=terms)
+            if engine.wants_sampled_pass():
+                engine.sampled_pass(lambda batch=batch: self._sampled(batch, terms))
+            engine.step()
+            self._add(loss.detach())
+
+    def _sampled(self, batch: Batch, terms: float) -> Tensor:
+        """Loss of a micro-batch at labels drawn from the model, over the terms of the global batch."""
+        outputs = self.engine(**batch.inputs)
+        kind = self.job.data.loss_kind
+        logits, _ = self.job.data.logits(outputs, batch)
+        if batch.positions is None:
+            examples, places = batch.example_ids, torch.zeros_like(batch.example_ids)
+        else:
+            width = batch.labels.shape[1]
+            examples = batch.example_ids.index_select(0, batch.positions // width)
+            places = batch.positions % width
+        drawn = sample_labels(logits, kind, self.job.seed, self.step, examples, places)
+        return per_term_losses(kind, logits, drawn).sum() / terms
+
+    def _add(self, loss: Tensor) -> None:
+        finite = torch.isfinite(loss)
+        self._sums += torch.stack([torch.where(finite, loss, 0.0), finite, ~finite]).to(torch.float64)
+
+    def _after_step(self) -> int | None:
+        """Log, evaluate, save; the signal that ends the run, if any."""
+        config, step = self.config, self.step
+        last = step >= self.job.max_steps
+        logging = last or step % self.log_interval == 0
+        if logging:
+            self._log_step()
+        if last or step % config.eval_interval == 0:
+            self.evaluate("validation")
+        out_of_patience = config.patience is not None and self.best.misses >= config.patience
+        signum = None
+        if self._stop_device is not None:
+            signum = self.stop.agreed(self._stop_device)
+        elif logging:
+            signum = self.stop.agreed(self.engine.device)
+        needed = last or out_of_patience or signum is not None
+        if needed or step % self.save_interval == 0:
+            self.save(needed)
+        return None if last else signum
+
+    def _log_step(self) -> None:
+        own = self._sums.tolist()
+        self._sums.zero_()
+        every = gather_objects(own)
+        finite = sum(count for _, count, _ in every)
+        loss = sum(total for total, _, _ in every) / finite if finite else None
+        bad = [int(count) for _, _, count in every]
+        health = self.engine.health()
+        self._advance_clock()
+        self.last_loss, self.last_health = loss, health
+        line = {"step": self.step, "loss": loss, "lr": self.engine.lr(), "seconds": self.seconds, **health}
+        if any(bad):
+            line["bad_losses"] = sum(bad)
+        self.log.write(**line)
+        self.progress.figures(self.step, line)
+        self._tell(self._notice.update(self.step, health, bad))
+        if self._noop is not None:
+            self._tell(self._noop.update(self.step, health))
+        self._guard.check(self.step, health, bad)
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Metrics on a split; on validation, the best weights are kept. Every rank calls it."""
+        job, engine = self.job, self.engine
+        engine.eval()
+        size = self.config.eval_batch_size or engine.micro_batch_size
+        metrics = job.data.evaluate(engine, split, size, job.rank, job.world_size, engine.device)
+        engine.train()
+        self._advance_clock()
+        self.log.write(
+            step=self.step, seconds=self.seconds, eval={"split": split, "step": self.step, "metrics": metrics}
+        )
+        words = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        mark = ""
+        if split == "validation" and self.best.improved_by(metrics):
+            mark = "  (best)"
+            try:
+                self.best.keep(engine, self.step, metrics)
+            except CheckpointError as error:
+                self._tell(f"warning: {error}")
+        self.progress.say(f"step {self.step}: {split}  {words}{mark}")
+        return metrics
+
+    def save(self, needed: bool) -> None:
+        """Write a checkpoint; every rank calls it.
+
+        Args:
+            needed: the run ends here and a failure is an error; otherwise it is a warning.
+        """
+        self._advance_clock()
+        state = {
+            "seconds": self.seconds,
+            "last_loss": self.last_loss,
+            "skipped": self._notice.skipped,
+            "noop": self._noop.state() if self._noop is not None else None,
+            "best": self.best.state(),
+        }
+        own = {"rng": rng_state(), "sums": self._sums.cpu()}
+        info = {"best_step": self.best.step}
+        try:
+            self.checkpoints.save(self.engine, self.step, state, own, info, self.best.step)
+        except CheckpointError as error:
+            if needed:
+                raise
+            self._tell(f"warning: {error}")
+            return
+        if rank() == 0:
+            good, _ = find(self.checkpoints.directory)
+            self.best.prune(one.info.get("best_step") for one in good)
+
+    def _advance_clock(self) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._tick
+        self._tick = now
+
+    def _tell(self, message: str | None) -> None:
+        if message is not None:
+            self.progress.say(message)

@@ -1,0 +1,158 @@
+"""All that can be decided and refused before a process group exists: recipe, data, model, directory."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dsso import optim
+from dsso.diagnostics import jsonable
+from dsso.errors import RecipeError
+from dsso.recipe import Recipe, ResolvedRecipe, load_recipe
+from dsso.recipe_checks import batch_sizes
+from launch.arguments import Arguments
+from launch.resume import Resume, compare, plan
+
+if TYPE_CHECKING:
+    from dsso.tasks import PreparedTask, Task
+    from dsso.tasks.models import ModelBundle
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to start."""
+
+    arguments: Arguments
+    recipe: ResolvedRecipe
+    rank: int
+    world_size: int
+    task: Task
+    bundle: ModelBundle
+    data: PreparedTask
+    output_dir: Path
+    resume: Resume
+    max_steps: int
+    table: list[dict[str, Any]]
+    """Rows `parameter, shape, method, owner, reason`."""
+    method_bytes: int
+    """Bytes of the method's own state on this rank."""
+
+    @property
+    def seed(self) -> int:
+        """`dsso.train.seed`."""
+        return self.recipe.dsso.train.seed
+
+
+def prepare(arguments: Arguments, rank: int, world_size: int) -> Job:
+    """Validate all that can be validated, and load data and model.
+
+    Args:
+        arguments: the command line.
+        rank: this process, as its launcher says.
+        world_size: number of processes.
+
+    Raises:
+        RecipeError: whatever cannot be used.
+    """
+    from dsso import tasks
+
+    written = load_recipe(arguments.ds_config, arguments.overrides)
+    config = written.dsso
+    _, _, global_batch = batch_sizes(written.raw, world_size)
+    if config.train.max_steps is not None:
+        written.resolved(world_size)  # what is wrong is told before data and model are read
+    output_dir = _output_dir(arguments, written)
+    resume = plan(output_dir, arguments.resume, arguments.overwrite, world_size)
+
+    seed_everything(config.train.seed)
+    task = tasks.load_task(config.task, config.train.seed)
+    dtype = getattr(torch, written.precision.dtype)
+    bundle = tasks.models.load(config.model, task, config.task, dtype)
+    bundle = tasks.adapters.apply(bundle, config.peft)
+    data = tasks.prepare(task, bundle, config.task)
+    max_steps = _max_steps(config.train.max_steps, config.train.epochs, len(data.train), global_batch)
+    recipe = written.resolved(world_size, max_steps)
+    resume = compare(resume, jsonable(recipe.to_json()))
+    table, method_bytes = _method_table(recipe, bundle.model, rank, world_size)
+    return Job(
+        arguments,
+        recipe,
+        rank,
+        world_size,
+        task,
+        bundle,
+        data,
+        output_dir,
+        resume,
+        max_steps,
+        table,
+        method_bytes,
+    )
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed python, numpy and torch; ranks get streams of their own (dropout), rank 0 the seed itself."""
+    mixed = (seed + 1_000_003 * rank) % 2**32
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def _output_dir(arguments: Arguments, recipe: Recipe) -> Path:
+    if arguments.output_dir is not None:
+        return arguments.output_dir
+    if recipe.dsso.output_dir is not None:
+        return Path(recipe.dsso.output_dir)
+    return Path("runs") / arguments.ds_config.stem
+
+
+def _max_steps(max_steps: int | None, epochs: float | None, examples: int, global_batch: int) -> int:
+    if max_steps is not None:
+        return max_steps
+    if epochs is None:
+        raise RecipeError("exactly one of max_steps and epochs must be given", where="dsso.train")
+    return max(1, math.ceil(epochs * examples / global_batch))
+
+
+def _method_table(
+    recipe: ResolvedRecipe, model: nn.Module, rank: int, world_size: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Who takes which parameter, without allocating; refuses a model without work for the method."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    if not shapes:
+        raise RecipeError("no parameter of the model is trainable", where="dsso.peft")
+    kind = recipe.optimizer_type
+    if not recipe.is_method:
+        rows = [
+            {"parameter": name, "shape": shape, "method": kind, "owner": None, "reason": ""}
+            for name, shape in shapes.items()
+        ]
+        return rows, 0
+    method = optim.resolve(kind).Method(
+        recipe.optimizer_config, model, torch.device("meta"), rank, world_size
+    )
+    try:
+        owners: Mapping[str, int] = method.owners
+        base = getattr(recipe.optimizer_config, "base", None)
+        other = getattr(base, "type", "base")
+        rows = [
+            {
+                "parameter": name,
+                "shape": shape,
+                "method": kind if name in owners else other,
+                "owner": owners.get(name),
+                "reason": method.rest.get(name, ""),
+            }
+            for name, shape in shapes.items()
+        ]
+        return rows, method.state_bytes()
+    finally:
+        method.close()

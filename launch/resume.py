@@ -1,0 +1,179 @@
+"""What to do with an output directory that is not empty: refuse, go on, or start again.
+
+Everything here happens before a process group exists, on every rank alike, and changes nothing on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dsso import checkpoint
+from dsso.checkpoint import Checkpoint, Skipped
+from dsso.errors import RecipeError
+
+OUTPUTS = ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "best", "adapter")
+"""What a run writes; `--overwrite` removes these and nothing else."""
+_MUST_AGREE = ("optimizer.type", "zero_optimization.stage", "dsso.model", "dsso.peft", "dsso.task.head")
+"""A checkpoint cannot be read when one of these is another."""
+_MAY_DIFFER = ("dsso.output_dir", "dsso.comment")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """How a run starts."""
+
+    candidates: tuple[Checkpoint, ...] = ()
+    """Newest first; empty: from the beginning."""
+    skipped: tuple[Skipped, ...] = ()
+    """Checkpoints that cannot be used."""
+    remove: tuple[Path, ...] = ()
+    """What `--overwrite` removes first."""
+    notes: tuple[str, ...] = ()
+    """What the user is told at the start."""
+
+    @property
+    def run_directory(self) -> Path | None:
+        """Output directory of the run that is continued."""
+        return self.candidates[0].path.parent.parent if self.candidates else None
+
+
+def plan(output_dir: Path, resume: str, overwrite: bool, world_size: int) -> Resume:
+    """Decide how the run starts.
+
+    Args:
+        output_dir: where it will write.
+        resume: `none`, `auto` or a path.
+        overwrite: `--overwrite`.
+        world_size: ranks of this run.
+
+    Raises:
+        RecipeError: the directory holds another run, or nothing usable is at the path.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise RecipeError("is a file, not a directory", where="output_dir", got=str(output_dir))
+    present = tuple(output_dir / name for name in OUTPUTS if (output_dir / name).exists())
+    if resume == "none":
+        if present and not overwrite:
+            raise _holds_another(output_dir, present)
+        return Resume(remove=present)
+    directory = output_dir / "checkpoints" if resume == "auto" else checkpoint.locate(Path(resume))
+    candidates, skipped = _candidates(directory)
+    if resume == "auto":
+        notes = () if candidates or not present else _start_again(output_dir, skipped)
+    else:
+        if not candidates:
+            raise RecipeError(
+                "no checkpoint there can be used",
+                where="--resume",
+                got=resume,
+                allowed="; ".join(f"{one.path.name}: {one.reason}" for one in skipped) or None,
+            )
+        notes = ()
+        if candidates[0].path.parent.parent.resolve() != output_dir.resolve():
+            if present and not overwrite:
+                raise _holds_another(output_dir, present)
+            return _same_size(Resume(candidates, skipped, present), world_size)
+        later = [
+            one for one in checkpoint.find(candidates[0].path.parent)[0] if one.step > candidates[0].step
+        ]
+        if later and not overwrite:
+            raise RecipeError(
+                f"{later[0].tag} is newer and would be removed",
+                where="--resume",
+                got=resume,
+                remedy="--resume auto goes on from the newest, --overwrite removes what came later,"
+                " another --output_dir keeps it",
+            )
+    return _same_size(Resume(candidates, skipped, notes=notes), world_size)
+
+
+def _candidates(directory: Path) -> tuple[tuple[Checkpoint, ...], tuple[Skipped, ...]]:
+    """Usable checkpoints in a directory of checkpoints, or the one that `directory` is."""
+    if directory.name == "checkpoints" or not directory.name.startswith("step_"):
+        good, bad = checkpoint.find(directory)
+        return tuple(good), tuple(bad)
+    try:
+        return (checkpoint.read(directory),), ()
+    except ValueError as error:
+        return (), (Skipped(directory, str(error)),)
+
+
+def _holds_another(output_dir: Path, present: tuple[Path, ...]) -> RecipeError:
+    return RecipeError(
+        f"holds another run ({', '.join(path.name for path in present)})",
+        where="output_dir",
+        got=str(output_dir),
+        remedy="--resume auto goes on with it, --overwrite starts again in its place,"
+        " or give another --output_dir",
+    )
+
+
+def _start_again(output_dir: Path, skipped: tuple[Skipped, ...]) -> tuple[str, ...]:
+    which = "no usable checkpoint" if skipped else "no checkpoint"
+    return (f"{output_dir} has {which}: starting from the beginning",)
+
+
+def _same_size(found: Resume, world_size: int) -> Resume:
+    for newest in found.candidates[:1]:
+        if newest.world_size != world_size:
+            raise RecipeError(
+                f"{newest.path} was written by {newest.world_size} rank(s)",
+                where="--resume",
+                got=f"{world_size} rank(s)",
+                allowed=f"{newest.world_size} rank(s): this version goes on at the same number only",
+                remedy=f"start it with {newest.world_size}",
+            )
+    return found
+
+
+def compare(found: Resume, recipe: Mapping[str, Any]) -> Resume:
+    """Compare the recipe with the one that the checkpoint was written with.
+
+    Args:
+        found: from `plan`.
+        recipe: the resolved recipe as JSON.
+
+    Returns:
+        `found` with a note on what has changed.
+
+    Raises:
+        RecipeError: the checkpoint cannot be read with this recipe.
+    """
+    if not found.candidates or found.run_directory is None:
+        return found
+    newest = found.candidates[0]
+    try:
+        text = (found.run_directory / "config.json").read_text(encoding="utf-8")
+        before = dict(_leaves(json.loads(text)["resolved"]))
+    except (OSError, ValueError, KeyError):
+        return replace(
+            found, notes=(*found.notes, "no config.json beside the checkpoint: recipes not compared")
+        )
+    changes = []
+    now = dict(_leaves(json.loads(json.dumps(recipe))))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) == now.get(key) or key.startswith(_MAY_DIFFER):
+            continue
+        if key.startswith(_MUST_AGREE):
+            raise RecipeError(
+                f"differs from the run that wrote {newest.path}",
+                where=key,
+                got=now.get(key),
+                allowed=repr(before.get(key)),
+                remedy="resume with the same model, adapters, optimizer and stage, or start a new run",
+            )
+        changes.append(f"{key}: {before.get(key)!r} -> {now.get(key)!r}")
+    notes = (f"the recipe has changed since: {'; '.join(changes)}",) if changes else ()
+    return replace(found, notes=(*found.notes, *notes))
+
+
+def _leaves(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value

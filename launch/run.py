@@ -1,0 +1,106 @@
+"""A prepared job is started, trained, tested; process groups exist from here on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from dsso import checkpoint, engines
+from dsso.diagnostics import MetricsLog, environment, jsonable, method_table
+from dsso.parallel.collectives import barrier
+from dsso.preempt import StopRequest
+from launch.finish import finish
+from launch.loop import Loop
+from launch.prepare import Job, seed_everything
+
+if TYPE_CHECKING:
+    from dsso.engines.protocol import Engine
+
+
+def run(job: Job, place: engines.Environment) -> int:
+    """Train a job; returns the exit status.
+
+    Args:
+        job: from `prepare`.
+        place: this process among the launched ones.
+
+    Raises:
+        RunError: the run cannot go on.
+    """
+    engines.start(place, job.recipe.dsso.train.timeout_minutes)
+    engine = engines.build(job.bundle.model, job.recipe, place)
+    seed_everything(job.seed, job.rank)
+    with StopRequest(speak=job.rank == 0) as stop:
+        _open_directory(job)
+        start, skipped = checkpoint.newest(job.resume.candidates)
+        for one in (*job.resume.skipped, *skipped):
+            _say(job, f"checkpoint {one.path} is skipped: {one.reason}")
+        for note in job.resume.notes:
+            _say(job, note)
+        step = 0 if start is None else start.step
+        _write_config(job, engine, place, step)
+        log = MetricsLog(job.output_dir / "metrics.jsonl" if job.rank == 0 else None, step)
+        loop = Loop(job, engine, stop, log)
+        if start is not None:
+            loop.resume(start)
+            _say(job, f"going on from {start.path} (step {start.step})")
+        elif job.resume.candidates:
+            _say(job, "no checkpoint can be used: starting from the beginning")
+        loop.checkpoints.drop_after(step)
+        outcome = loop.run()
+        if outcome.signum is not None:
+            log.close()
+            _say(job, f"stopped after step {loop.step}; --resume auto goes on")
+            engine.close()
+            return 128 + outcome.signum
+        finish(job, engine, loop, outcome)
+        log.close()
+        engine.close()
+    return 0
+
+
+def _say(job: Job, message: str) -> None:
+    if job.rank == 0:
+        print(message, flush=True)
+
+
+def _open_directory(job: Job) -> None:
+    """Make the output directory on rank 0, without the run that is overwritten."""
+    if job.rank == 0:
+        for path in job.resume.remove:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        job.output_dir.mkdir(parents=True, exist_ok=True)
+        (job.output_dir / "summary.json").unlink(missing_ok=True)  # written at the end, again
+    barrier()
+
+
+def _write_config(job: Job, engine: Engine, place: engines.Environment, step: int) -> None:
+    """Print the table and write `config.json`, with the starts before this one."""
+    if job.rank != 0:
+        return
+    rows = engine.table()
+    print(method_table(rows), flush=True)
+    path = job.output_dir / "config.json"
+    started = environment()
+    starts: list[dict[str, Any]] = []
+    if path.exists():
+        try:
+            starts = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        except (ValueError, KeyError):
+            starts = []
+    starts.append({"command": started["command"], "started": started["started"], "step": step})
+    resolved = job.recipe.to_json()
+    config = {
+        "optimizer": job.recipe.optimizer_type,
+        "recipe": str(job.arguments.ds_config),
+        "resolved": resolved,
+        "world_size": job.world_size,
+        "launcher": place.launcher,
+        "max_steps": job.max_steps,
+        "data": job.task.source,
+        **started,
+        "starts": starts,
+        "parameters": rows,
+    }
+    checkpoint.write_json(path, jsonable(config))

@@ -1,0 +1,104 @@
+"""Fine-tune a transformer as a recipe says.
+
+    deepspeed launch/train.py --ds_config configs/recipe.json
+    python launch/train.py --ds_config configs/recipe.json --check
+
+Exit status: 0 finished, 1 an error while running, 2 a recipe or command line that cannot be used (nothing was
+started then), 130 and 143 after SIGINT and SIGTERM, with a checkpoint written.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# A script's own folder is searched first: names in launch/ would hide modules of the same name elsewhere.
+sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place or ".").resolve() != ROOT / "launch")]
+
+# Remarks of tokenizers about every batch, and about processes that data loading forks, would drown the run's.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from dsso.errors import DssoError, RecipeError  # noqa: E402
+
+LAUNCHER_SECONDS = 5.0
+"""A launcher ends the other ranks so soon after the first one has left."""
+
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    from launch.arguments import parse
+
+    debug = "--debug" in sys.argv
+    rank, world_size = 0, 1
+    try:
+        arguments = parse()
+        from dsso import engines
+
+        environment = engines.launch_environment()
+        rank, world_size = environment.rank, environment.world_size
+        from launch.prepare import prepare
+
+        job = prepare(arguments, rank, world_size)
+        if arguments.check:
+            from launch.check import report
+
+            if rank == 0:
+                print(report(job))
+            return 0
+        from launch.run import run
+
+        return run(job, environment)
+    except DssoError as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(error, rank, world_size)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        _died(error, rank, world_size)
+        return 1
+
+
+def _fail(error: DssoError, rank: int, world_size: int) -> int:
+    """Say what is wrong: rank 0 at once, others when they are still there, so it was not rank 0's error."""
+    if rank != 0:
+        time.sleep(LAUNCHER_SECONDS)
+    kind = "recipe error" if isinstance(error, RecipeError) else "error"
+    who = f"rank {rank}: " if rank else ""
+    print(f"\n{who}{kind}: {error}", file=sys.stderr, flush=True)
+    if world_size > 1 and error.exit_status != RecipeError.exit_status:
+        _leave(error.exit_status)
+    return error.exit_status
+
+
+def _died(error: Exception, rank: int, world_size: int) -> None:
+    """Report an error that nobody foresaw, and leave: a process group must not be waited for."""
+    traceback.print_exc()
+    if world_size == 1:
+        return
+    print(f"\nrank {rank} of {world_size} ends: {type(error).__name__}: {error}", file=sys.stderr)
+    words = str(error).lower()
+    if any(
+        sign in words for sign in ("timed out", "timeout", "connection", "closed by peer", "nccl", "gloo")
+    ):
+        print(
+            f"rank {rank}: another rank has ended, or did not answer within dsso.train.timeout_minutes;"
+            " the first message of any rank names the cause",
+            file=sys.stderr,
+        )
+    _leave(1)
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
