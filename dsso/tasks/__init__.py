@@ -1,0 +1,16 @@
+"""What is learnt: tasks, models, parameter-efficient fine-tuning, batches and metrics.
+
+The order of use is `load_task`, `models.load`, `adapters.apply`, `prepare`::
+
+    task = tasks.load_task(config.task, config.train.seed)
+    bundle = tasks.models.load(config.model, task, config.task)
+    bundle = tasks.adapters.apply(bundle, config.peft)
+    ready = tasks.prepare(task, bundle, config.task)
+"""
+
+from dsso.tasks import adapters, data, models
+from dsso.tasks.data import Batch
+from dsso.tasks.loading import available, load_task
+from dsso.tasks.prepared import PreparedTask, prepare
+
+__all__ = ["Batch", "PreparedTask", "adapters", "available", "data", "load_task", "models", "prepare"]

@@ -1,0 +1,148 @@
+"""The `builtin` task: generated sentence pairs, for machines without data.
+
+Does the second sentence follow from the first? The first sentence says who did what to which thing, where and when.
+The second one says it again in other words (synonyms, passive voice, another order, details left out), or changes one
+fact (who, what was done, the thing, the place) or denies it. A negation is only a hint, because some true sentences
+carry one as well ("did not fail to buy"): a model that looks at the second sentence alone ends well below one that
+compares the two. Everything is a pure function of the seed.
+"""
+
+from __future__ import annotations
+
+import random
+
+from dsso.tasks.base import Example, TaskSpec
+
+TRAIN, VALIDATION = 3_000, 1_000
+
+SPEC = TaskSpec(
+    name="builtin",
+    kind="classification",
+    hub="",
+    columns=("sentence1", "sentence2"),
+    fields=("sentence1", "sentence2"),
+    labels=("different", "same"),
+    verbalizer=("no", "yes"),
+    template="First: {sentence1} Second: {sentence2} Does the second follow? Answer:",
+    metrics=("accuracy", "f1"),
+)
+
+# groups of words with one meaning; words of different groups contradict each other
+_WHO = (
+    ("the doctor", "the physician"),
+    ("the teacher", "the schoolmaster"),
+    ("the child", "the kid"),
+    ("the farmer", "the peasant"),
+    ("the policeman", "the officer"),
+    ("the lawyer", "the attorney"),
+    ("the sailor", "the seaman"),
+    ("the thief", "the burglar"),
+)
+_DID = (
+    (("bought", "buy"), ("purchased", "purchase")),
+    (("sold", "sell"), ("traded away", "trade away")),
+    (("repaired", "repair"), ("fixed", "fix")),
+    (("destroyed", "destroy"), ("wrecked", "wreck")),
+    (("found", "find"), ("discovered", "discover")),
+    (("lost", "lose"), ("mislaid", "mislay")),
+    (("painted", "paint"), ("coloured", "colour")),
+    (("hid", "hide"), ("concealed", "conceal")),
+)
+_PARTICIPLE = {"hid": "hidden"}
+_THING = (
+    ("the car", "the automobile"),
+    ("the boat", "the ship"),
+    ("the picture", "the painting"),
+    ("the coat", "the jacket"),
+    ("the bicycle", "the bike"),
+    ("the stone", "the rock"),
+    ("the clock", "the timepiece"),
+    ("the carpet", "the rug"),
+)
+_PLACE = (
+    ("in the forest", "in the woods"),
+    ("in the city", "in the town"),
+    ("near the shore", "near the beach"),
+    ("at the shop", "at the store"),
+    ("on the road", "on the street"),
+    ("behind the house", "behind the home"),
+)
+_WHEN = ("yesterday", "last week", "on Monday", "in the morning", "after dinner", "long ago")
+_CHANGES = ("who", "did", "thing", "place", "negation", "negation")
+
+
+def generate(seed: int, train: int = TRAIN, validation: int = VALIDATION) -> dict[str, list[Example]]:
+    """The public splits of the task.
+
+    Args:
+        seed: two runs with one seed see the same sentences.
+        train: number of training examples.
+        validation: number of validation examples (the protocol halves them into validation and test).
+    """
+    # every split has a stream of its own, so that the size of one does not change another
+    return {
+        name: [_pair(random.Random(f"builtin/{seed}/{name}/{index}")) for index in range(count)]
+        for name, count in (("train", train), ("validation", validation))
+    }
+
+
+def _pair(draw: random.Random) -> Example:
+    fact = {name: draw.randrange(len(words)) for name, words in _SLOTS.items()}
+    when = draw.choice(_WHEN)
+    first = _plain(draw, fact, f"{_word(draw, 'place', fact)} {when}")
+    same = draw.random() < 0.5
+    told = dict(fact)
+    change = "" if same else draw.choice(_CHANGES)
+    if change in told:
+        others = [index for index in range(len(_SLOTS[change])) if index != fact[change]]
+        told[change] = draw.choice(others)
+    second = _retell(draw, told, when, denied=change == "negation", place_matters=change == "place")
+    return Example({"sentence1": first, "sentence2": second}, int(same))
+
+
+_SLOTS: dict[str, tuple[tuple[object, ...], ...]] = {
+    "who": _WHO,
+    "did": _DID,
+    "thing": _THING,
+    "place": _PLACE,
+}
+
+
+def _word(draw: random.Random, slot: str, fact: dict[str, int]) -> str:
+    return str(draw.choice(_SLOTS[slot][fact[slot]]))
+
+
+def _verb(draw: random.Random, fact: dict[str, int]) -> tuple[str, str]:
+    return draw.choice(_DID[fact["did"]])
+
+
+def _plain(draw: random.Random, fact: dict[str, int], tail: str) -> str:
+    past, _ = _verb(draw, fact)
+    return _sentence(f"{_word(draw, 'who', fact)} {past} {_word(draw, 'thing', fact)} {tail}")
+
+
+def _retell(draw: random.Random, fact: dict[str, int], when: str, denied: bool, place_matters: bool) -> str:
+    who, thing, place = (_word(draw, slot, fact) for slot in ("who", "thing", "place"))
+    past, base = _verb(draw, fact)
+    # details may be left out, but not the one that was changed
+    place = place if place_matters or draw.random() < 0.5 else ""
+    when = when if draw.random() < 0.5 else ""
+    style = draw.random()
+    if denied:
+        if style < 0.5:
+            core = f"{who} did not {base} {thing}"
+        else:
+            core = f"{thing} was never {_PARTICIPLE.get(past, past)} by {who}"
+    elif style < 0.2:
+        core = f"{who} did not fail to {base} {thing}"
+    elif style < 0.6:
+        core = f"{thing} was {_PARTICIPLE.get(past, past)} by {who}"
+    else:
+        core = f"{who} {past} {thing}"
+    if when and draw.random() < 0.5:
+        return _sentence(" ".join(filter(None, (when, core, place))))
+    return _sentence(" ".join(filter(None, (core, place, when))))
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:] + "."
