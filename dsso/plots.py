@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +59,15 @@ def panels(metric: str | None) -> list[Panel]:
         Panel("training loss", step, lambda run: run.curve("loss"), "auto", smooth=True),
         Panel("training loss", "seconds", lambda run: run.curve("loss", "seconds"), "auto", smooth=True),
         Panel(f"validation {metric or 'metric'}", step, Run.validation, marker="o"),
-        Panel("norm of the update, ‖u‖", step, lambda run: run.curve("update_norm"), "auto"),
+        Panel("norm of the update, ‖u‖", step, lambda run: run.curve("update_norm"), "auto", smooth=True),
         Panel("share of clipped steps", step, Run.clip_rate, y_range=(-0.04, 1.04), stairs=True),
-        Panel("cos(update, gradient)", step, lambda run: run.curve("cos_update_grad"), y_range=(-0.04, 1.04)),
+        Panel(
+            "cos(update, gradient)",
+            step,
+            lambda run: run.curve("cos_update_grad"),
+            y_range=(-0.04, 1.04),
+            smooth=True,
+        ),
         Panel("damping", step, lambda run: run.curve("damping"), "auto", stairs=True),
         Panel("learning rate", step, lambda run: run.curve("lr")),
     ]
@@ -89,12 +96,15 @@ def draw(runs: Sequence[Run]) -> Figure:
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
     except ModuleNotFoundError as error:
         raise RecipeError(f"plots need {error.name}", remedy="pip install 'dsso[plots]'") from None
     metric = next((name for run in runs if (name := run.metric())), None)
     shown = [panel for panel in panels(metric) if any(panel.curve(run)[1] for run in runs)]
     table = rows(runs)
-    cells = len(shown) + (1 if len(table) > 1 else 0)
+    # in the width of a panel; the whole table is on the standard output anyway
+    tabled = 2 <= len(table) <= 4 and sum(len(row[0]) for row in table[1:]) <= 30
+    cells = len(shown) + tabled
     columns = min(3, cells)
     height = math.ceil(cells / columns)
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
@@ -105,25 +115,31 @@ def draw(runs: Sequence[Run]) -> Figure:
             _fill(axis, panel, runs)
         for axis in axes[len(shown) :]:
             axis.axis("off")
-        if len(table) > 1:
+        if tabled:
             _draw_table(axes[len(shown)], table, [run.label for run in runs])
-        lines = axes[0].get_legend_handles_labels()
+        # as many names side by side as fit: a character is about 0.1 inch wide, a line with its gap 1.1 inch
+        fitting = int(4.7 * columns / (0.1 * max(len(run.label) for run in runs) + 1.1))
         figure.legend(
-            *lines,
+            handles=[Line2D([], [], linewidth=1.8, label=run.label, **look(i)) for i, run in enumerate(runs)],
             loc="outside upper center",
-            ncols=min(len(runs), 4),
+            ncols=max(1, min(len(runs), fitting)),
             frameon=False,
-            fontsize=12,
+            fontsize=12 if len(runs) <= 8 else 9,
             handlelength=3.2,
         )
     return figure
+
+
+def look(index: int) -> dict[str, Any]:
+    """Colour and line style of the run with that index."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
 
 
 def _fill(axis: Axes, panel: Panel, runs: Sequence[Run]) -> None:
     absent, finite = [], []
     for index, run in enumerate(runs):
         x, y = panel.curve(run)
-        line = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
+        line = look(index)
         if not y:
             absent.append(run.label)
         elif panel.smooth and len(y) > 40:
@@ -134,7 +150,10 @@ def _fill(axis: Axes, panel: Panel, runs: Sequence[Run]) -> None:
             marker = panel.marker or ("o" if len(y) == 1 else None)
             line["drawstyle"] = "steps-pre" if panel.stairs else "default"
             axis.plot(x, y, linewidth=1.8, marker=marker, markersize=4, label=run.label, **line)
-        lost = [a for a, b in zip(x, y, strict=True) if math.isnan(b) and not math.isnan(a)]
+        # where a stretch of values that are not finite begins
+        gaps = [math.isnan(value) for value in y]
+        starts = [gap and not before for before, gap in pairwise([False, *gaps])]
+        lost = [at for at, start in zip(x, starts, strict=True) if start and not math.isnan(at)]
         if lost:
             top = axis.get_xaxis_transform()
             axis.plot(lost, [0.97] * len(lost), "x", color=line["color"], transform=top, clip_on=False)
@@ -146,14 +165,11 @@ def _fill(axis: Axes, panel: Panel, runs: Sequence[Run]) -> None:
         axis.set_yscale("log")
     if panel.y_range is not None and all(panel.y_range[0] <= value <= panel.y_range[1] for value in finite):
         axis.set_ylim(*panel.y_range)
-    elif (
-        axis.get_yscale() == "linear"
-        and finite
-        and max(finite) - min(finite) <= 1e-9 * max(abs(max(finite)), 1e-9)
-    ):
-        # a constant would be drawn with an offset nobody can read
+    elif finite and max(finite) - min(finite) <= 1e-9 * abs(max(finite)):
+        # one readable tick for a constant, instead of many that differ in the seventh digit
         pad = 0.1 * abs(finite[0]) or 0.1
         axis.set_ylim(finite[0] - pad, finite[0] + pad)
+        axis.set_yticks([finite[0]], [f"{finite[0]:g}"])
     if absent:
         axis.set_title(f"not logged by {', '.join(absent)}", loc="right", fontsize=8, color="#555555")
     axis.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
@@ -167,7 +183,7 @@ def _draw_table(axis: Axes, table: Sequence[Sequence[str]], labels: Sequence[str
     turned = [list(column) for column in zip(*table, strict=True)]
     drawn = axis.table(cellText=turned, cellLoc="right", loc="center", edges="horizontal")
     drawn.auto_set_font_size(False)
-    drawn.set_fontsize(9 if len(turned[0]) <= 4 else 6)
+    drawn.set_fontsize(9)
     drawn.scale(1.0, 1.7)
     for (row, column), cell in drawn.get_celld().items():
         cell.set_edgecolor("#BBBBBB")

@@ -199,7 +199,8 @@ def name_runs(runs: Sequence[Run]) -> None:
         ):
             depth += 1
         name = "/".join(folder.parts[-depth:])
-        run.label = name if optimizer == "?" else f"{optimizer} ({name})"
+        # the optimizer goes without saying where it is the same everywhere
+        run.label = name if len(set(optimizers)) == 1 else f"{optimizer} ({name})"
 
 
 _COLUMNS: tuple[tuple[str, str], ...] = (

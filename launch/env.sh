@@ -75,7 +75,8 @@ dsso_stamp() {
     } | sha256sum | cut -d' ' -f1
 }
 
-dsso_pip() { python -m pip install --quiet --disable-pip-version-check "$@"; }
+# Twice quiet: errors only. Warnings about the places that pip looks at are of no use here.
+dsso_pip() { python -m pip install -qq --disable-pip-version-check "$@"; }
 
 dsso_install() {
     local stamp file="$dsso_env/.dsso-stamp"
