@@ -216,7 +216,7 @@ class DssoConfig(StrictModel):
     @field_validator("engine", mode="before")
     @classmethod
     def _available_engine(cls, name: object) -> object:
-        if name in {"fsdp2", "ddp"}:
+        if name in ("fsdp2", "ddp"):  # a tuple, because the name may be anything that JSON holds
             raise problem(
                 f"the engine {name!r} is not available in this version",
                 got=name,
@@ -245,9 +245,11 @@ def parse(model: type[_Model], data: object, where: str) -> _Model:
         raise _no_object(where, data)
     try:
         # validated as the JSON that a recipe is: in strict models only there does an array fill a tuple
-        return model.model_validate_json(json.dumps(dict(data)))
-    except TypeError as error:
+        text = json.dumps(dict(data))
+    except (TypeError, ValueError) as error:
         raise RecipeError(f"cannot be written as JSON ({error})", where=where) from None
+    try:
+        return model.model_validate_json(text)
     except pydantic.ValidationError as error:
         told = [_told(detail, model, where) for detail in error.errors(include_url=False)]
         raise told[0] if len(told) == 1 else RecipeError("\n".join(str(one) for one in told)) from None

@@ -304,7 +304,9 @@ class Interval:
                 _count(every, f"the interval of segment {index}", 1)
             elif index == 0:
                 raise _wrong(
-                    "segment 0 is never due", got=list(pairs[0]), remedy="let the first segment be due"
+                    "segment 0 is never due",
+                    got=list(pairs[0]),
+                    remedy="give segment 0 an interval of at least 1",
                 )
         return cls(tuple(pairs))
 
