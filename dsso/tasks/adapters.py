@@ -50,7 +50,8 @@ def apply(bundle: ModelBundle, config: PeftConfig) -> ModelBundle:
         The same bundle.
 
     Raises:
-        RecipeError: targets or modules match nothing, a rank is too large, or the model cannot take this kind.
+        RecipeError: targets or modules match nothing, a rank is too large, or the model cannot take this
+            kind.
     """
     if bundle.peft is not None and bundle.peft.type != "none":
         raise RecipeError("the model has adapters already", where="dsso.peft.type", got=config.type)
@@ -169,12 +170,13 @@ def _lora(bundle: ModelBundle, config: PeftConfig, saved: list[str]) -> nn.Modul
     names = resolve_targets(bundle.model, config.targets)
     layers = linear_layers(bundle.model)
     narrowest = min(names, key=lambda name: min(layers[name]))
-    if config.r > min(layers[narrowest]):
+    inputs, outputs = layers[narrowest]
+    if config.r > min(inputs, outputs):
         raise RecipeError(
-            f"the rank is larger than the smaller side of {narrowest!r} ({' x '.join(map(str, layers[narrowest]))})",
+            f"the rank is larger than the smaller side of {narrowest!r} ({inputs} x {outputs})",
             where="dsso.peft.r",
             got=config.r,
-            allowed=f"1 to {min(layers[narrowest])}",
+            allowed=f"1 to {min(inputs, outputs)}",
         )
     made = peft.LoraConfig(
         r=config.r,
@@ -183,7 +185,6 @@ def _lora(bundle: ModelBundle, config: PeftConfig, saved: list[str]) -> nn.Modul
         target_modules=_shortest(names, bundle.model),
         modules_to_save=saved or None,
         task_type=_task_type(bundle),
-        base_model_name_or_path=bundle.name,
     )
     wrapped: nn.Module = peft.get_peft_model(bundle.model, made)
     return wrapped
@@ -194,7 +195,7 @@ def _prefix(bundle: ModelBundle, config: PeftConfig) -> nn.Module:
 
     if getattr(bundle.model, "is_gradient_checkpointing", False):
         raise RecipeError(
-            "prefix tuning keeps its prefix in the attention cache, which gradient checkpointing does without",
+            "prefix tuning needs the attention cache, which gradient checkpointing does without",
             where="dsso.model.gradient_checkpointing",
             got="on, with dsso.peft.type 'prefix'",
             allowed="none",
@@ -225,7 +226,6 @@ def _prefix(bundle: ModelBundle, config: PeftConfig) -> nn.Module:
         prefix_projection=config.prefix_projection,
         encoder_hidden_size=bundle.config.hidden_size,
         task_type=_task_type(bundle),
-        base_model_name_or_path=bundle.name,
     )
     wrapped: nn.Module = peft.get_peft_model(bundle.model, made)
     return wrapped

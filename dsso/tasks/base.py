@@ -1,7 +1,7 @@
 """What a task is: a description (`TaskSpec`), its examples (`Example`) and their splits (`Task`).
 
-A specification is data: which columns a row must have, which texts a model sees, which labels exist and how answers
-are judged. Reading rows is `source.py`, turning texts into tokens is `encode.py`.
+A specification is data: which columns a row must have, which texts a model sees, which labels exist and how
+answers are judged. Reading rows is `source.py`, turning texts into tokens is `encode.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["classification", "regression", "text"]
-"""`classification`: one of a list of labels; `regression`: a number; `text`: free text, judged against answers."""
+"""`classification`: one of a list of labels; `regression`: a number; `text`: free text."""
 
 Row = Mapping[str, Any]
 """One row of a data file, in the column names of Hugging Face `datasets`."""
@@ -45,7 +45,7 @@ class TaskSpec:
     fields: tuple[str, ...]
     """Names of the one or two texts that an encoder with a classification head sees."""
     template: str
-    """Prompt for text-to-text, causal and masked-LM models; `{name}` stands for a text. The answer follows it."""
+    """Prompt for models with a language-model head; `{name}` stands for a text. The answer follows it."""
     metrics: tuple[str, ...]
     """Names from `metrics.py`; the first one decides which checkpoint is best."""
     config: str | None = None

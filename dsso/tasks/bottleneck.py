@@ -2,18 +2,21 @@
 
     adapter(h) = h + W_up f(W_down h + b_down) + b_up
 
-`houlsby` (Houlsby et al. 2019, arXiv:1902.00751, fig. 2) puts one behind every attention and every feed-forward
-projection, before the sublayer's own residual; `pfeiffer` (Pfeiffer et al. 2021, arXiv:2005.00247) one behind the
-feed-forward projection only. Both are found by the structure of the model, not by its name. Two differences from the
-papers: the base's norms stay frozen, and Pfeiffer's adapter sits before the sublayer's residual as Houlsby's does.
+`houlsby` (Houlsby et al. 2019, arXiv:1902.00751, fig. 2) puts one behind every attention and every
+feed-forward projection, before the sublayer's own residual; `pfeiffer` (Pfeiffer et al. 2021,
+arXiv:2005.00247) one behind the feed-forward projection only. Both are found by the structure of the model,
+not by its name. Two differences from the papers: the base's norms stay frozen, and Pfeiffer's adapter sits
+before the sublayer's residual as Houlsby's does.
 
-The start is nearly the identity: `W_down` is drawn with standard deviation 1e-2, `W_up` with 1e-3. It is not zero,
-because with `W_up` = 0 the gradient of `W_down` vanishes, and with it the curvature that a first step would measure.
+The start is nearly the identity: `W_down` is drawn with standard deviation 1e-2, `W_up` with 1e-3. It is not
+zero, because with `W_up` = 0 the gradient of `W_down` vanishes, and with it the curvature that a first step
+would measure.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -24,7 +27,7 @@ from dsso.errors import RecipeError
 
 DOWN_STD, UP_STD = 1e-2, 1e-3
 
-# module paths behind which an adapter belongs, for every architecture: attention projections, feed-forward projections
+# where adapters belong, by architecture: behind the attention projections, behind the feed-forward ones
 _SITES: dict[str, tuple[str, str]] = {
     "T5": (r"\.(SelfAttention|EncDecAttention)\.o$", r"\.DenseReluDense$"),
     "BERT, RoBERTa": (r"\.attention\.output\.dense$", r"\.layer\.\d+\.output\.dense$"),
@@ -32,7 +35,12 @@ _SITES: dict[str, tuple[str, str]] = {
     "Llama": (r"\.self_attn\.o_proj$", r"\.mlp\.down_proj$"),
 }
 
-_ACTIVATIONS = {"gelu": functional.gelu, "relu": functional.relu, "silu": functional.silu, "tanh": torch.tanh}
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
 
 
 class BottleneckAdapter(nn.Module):

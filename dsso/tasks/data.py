@@ -1,7 +1,8 @@
 """The order of the examples, and batches.
 
-The order is a pure function of (number of examples, global batch size, seed, step): it does not depend on the world
-size or on the accumulation, and a run that is resumed goes on with the batches that it would have seen.
+The order is a pure function of (number of examples, global batch size, seed, step): it does not depend on
+the world size or on the accumulation, and a run that is resumed goes on with the batches that it would have
+seen.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ IGNORE = -100
 """Label of a position without a loss term."""
 
 Encoded = Mapping[str, Any]
-"""A tokenized example: `input_ids`, `labels` and whatever else its model takes, as python numbers and lists."""
+"""A tokenized example, as python numbers and lists; what it holds depends on its coder."""
 
 
 @lru_cache(maxsize=4)
@@ -34,8 +35,8 @@ def _permutation(count: int, seed: int, epoch: int) -> tuple[int, ...]:
 def global_batch(n: int, global_batch: int, seed: int, step: int) -> list[int]:
     """Indices of the examples of one optimizer step.
 
-    The epochs' permutations, one behind the other, are cut into batches; a batch may span two epochs, and no example
-    is dropped.
+    The epochs' permutations, one behind the other, are cut into batches; a batch may span two epochs, and no
+    example is dropped.
 
     Args:
         n: number of training examples.
@@ -92,8 +93,10 @@ class Batch:
     terms: int
     """Number of loss terms."""
     positions: Tensor | None = None
-    """For token labels: where the loss terms are in the flattened labels, int64 `[N]`. Known from the host, so that
-    picking them needs no synchronization with the device."""
+    """For token labels: where the loss terms are in the flattened labels, int64 `[N]`.
+
+    Made on the host, so that picking them needs no synchronization with the device.
+    """
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""

@@ -1,7 +1,8 @@
 """Examples to tokens: one coder for each form of input.
 
-`ClassificationCoder` serves heads; `Seq2SeqCoder`, `CausalCoder` and `MaskedCoder` serve prompts. All labels are
-aligned with the logits (what is predicted *at* a position), so that one rule picks the loss terms for every form.
+`ClassificationCoder` serves heads; `Seq2SeqCoder`, `CausalCoder` and `MaskedCoder` serve prompts. All labels
+are aligned with the logits (what is predicted *at* a position), so that one rule picks the loss terms for
+every form.
 
 Dimensions: B examples, T tokens, N loss terms, C classes or vocabulary.
 """
@@ -94,7 +95,8 @@ def class_tokens(
 ) -> list[list[int]]:
     """Tokens that score each class.
 
-    The end of the sequence belongs to them only if one word's tokens begin another's, which would be unfair otherwise.
+    The end of the sequence belongs to them only if one word's tokens begin another's, which would be unfair
+    otherwise.
 
     Raises:
         RecipeError: a word has no token, or two words have the same ones.

@@ -1,7 +1,8 @@
 """Predictions of a split, shared by the ranks, and their metrics.
 
-Every rank makes the same number of forward passes, because a sharded engine waits for all ranks in each of them; the
-predictions of all ranks are put together before any metric is computed, so uneven shares change nothing.
+Every rank makes the same number of forward passes, because a sharded engine waits for all ranks in each of
+them; the predictions of all ranks are put together before any metric is computed, so uneven shares change
+nothing.
 
 Dimensions: B examples, N loss terms, C classes or vocabulary.
 """
@@ -178,8 +179,8 @@ def _written(
     """Greedy continuations: texts, or the values that they spell."""
     tokenizer, causal = ready.bundle.tokenizer, ready.bundle.family == "causal"
     prompts = [one["prompt_ids"] if causal else one["input_ids"] for one in encoded]
-    # a continuation starts right behind the prompt, so a causal model is padded on the left; `generate` derives the
-    # positions from the mask
+    # a continuation starts right behind the prompt, so a causal model is padded on the left; `generate`
+    # derives the positions from the mask
     input_ids = pad(prompts, tokenizer.pad_token_id, left=causal).to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=causal).to(device)
     module: Any = module_of(engine)

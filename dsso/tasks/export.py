@@ -1,8 +1,9 @@
 """Writing what was trained, and reading it back.
 
-LoRA and prefixes are written in peft's own format, for use without this project; bottleneck adapters as safetensors and
-json, for `load`; a model that was trained whole as transformers writes it. All of it from a state dict that was gathered
-before, because under ZeRO-3 the modules themselves hold nothing that could be saved.
+LoRA and prefixes are written in peft's own format, for use without this project; bottleneck adapters as
+safetensors and json, for `load`; a model that was trained whole as transformers writes it. All of it from a
+state dict that was gathered before, because under ZeRO-3 the modules themselves hold nothing that could be
+saved.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def export(bundle: ModelBundle, state_dict: Mapping[str, Tensor], directory: str
         model.save_pretrained(target, state_dict=dict(full))
         bundle.tokenizer.save_pretrained(target)
     else:
-        _write_peft(bundle.model, full, target)
+        _write_peft(bundle, full, target)
 
 
 def _write_bottleneck(bundle: ModelBundle, tensors: dict[str, Tensor], target: Path) -> None:
@@ -121,10 +122,11 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
     return model
 
 
-def _write_peft(model: Any, full: dict[str, Tensor], target: Path) -> None:
+def _write_peft(bundle: ModelBundle, full: dict[str, Tensor], target: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
+    model: Any = bundle.model
     config = copy.copy(model.peft_config[_ADAPTER])
     if config.is_prompt_learning:
         tensors = _prefix_tensors(model, config, full)
@@ -132,6 +134,7 @@ def _write_peft(model: Any, full: dict[str, Tensor], target: Path) -> None:
         # the embeddings are never trained here, and asking peft to look would ask the hub
         tensors = get_peft_model_state_dict(model, state_dict=full, save_embedding_layers=False)
     config.inference_mode = True
+    config.base_model_name_or_path = bundle.name
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / PEFT_WEIGHTS_FILE)
     config.save_pretrained(target)
 

@@ -1,9 +1,10 @@
 """From a task's name to its examples, split as the protocol asks.
 
-Protocol `paper` (Mahabadi et al. 2021, arXiv:2106.04647, §4; the test sets of GLUE and SuperGLUE are not public): with
-fewer than 10,000 training examples the validation set is halved into validation and test; otherwise 1,000 training
-examples become validation and the old validation set is the test. Protocol `official`: the splits as published; where
-there is no labelled test set, the validation set is also the test.
+Protocol `paper` (Mahabadi et al. 2021, arXiv:2106.04647, §4; the test sets of GLUE and SuperGLUE are not
+public): with fewer than 10,000 training examples the validation set is halved into validation and test;
+otherwise 1,000 training examples become validation and the old validation set is the test. Protocol
+`official`: the splits as published; where there is no labelled test set, the validation set is also the
+test.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def split(
 
 
 def shuffle(items: Sequence[_T], key: str) -> list[_T]:
-    """A permutation of `items` that depends on `key` alone (a private generator; the global one is untouched)."""
+    """A permutation of `items` that depends on `key` alone; the global generator is untouched."""
     shuffled = list(items)
     random.Random(key).shuffle(shuffled)
     return shuffled

@@ -1,8 +1,9 @@
 """Metrics by name, computed from all predictions of a split at once.
 
 All are between -1 and 1, larger is better, and 0 where they are undefined (a correlation with a constant).
-`text_f1` and `exact_match` are those of SQuAD (Rajpurkar et al. 2016): lower case, no articles, no punctuation, the best
-of the accepted answers. `group_exact_match` is the share of groups in which every example is right.
+`text_f1` and `exact_match` are those of SQuAD (Rajpurkar et al. 2016): lower case, no articles, no
+punctuation, the best of the accepted answers. `group_exact_match` is the share of groups in which every
+example is right.
 """
 
 from __future__ import annotations

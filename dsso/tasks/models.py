@@ -1,7 +1,7 @@
 """Models and tokenizers by name: built-in, hub or local path.
 
-The weights of new layers (heads, and every weight under `init: random`) are drawn from the run's seed with the global
-generator put back, so that all ranks hold the same model whatever was drawn before.
+The weights of new layers (heads, and every weight under `init: random`) are drawn from the run's seed with
+the global generator put back, so that all ranks hold the same model whatever was drawn before.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def load(
         dtype: type of the weights when `model_config.dtype` is `auto`; None is float32.
 
     Raises:
-        RecipeError: the model cannot be found, its architecture is of no known family, or the head does not suit the
-            task or the checkpoint.
+        RecipeError: the model cannot be found, its architecture is of no known family, or the head does not
+            suit the task or the checkpoint.
     """
     place, mean_pooled = _place(model_config)
     tokenizer, config = _tokenizer_and_config(model_config, place)
@@ -201,7 +201,7 @@ def _not_found(name: str, error: Exception) -> RecipeError:
         where="dsso.model.name",
         got=name,
         allowed=(*BUILT_IN, "a local directory", "a hub name such as google-t5/t5-small"),
-        remedy="correct the name; for a hub name check the network, or download the model and give its directory",
+        remedy="correct the name; for a hub name check the network, or give a local directory",
     )
 
 
@@ -209,7 +209,7 @@ def _override_dropout(config: Any, probability: float | None) -> None:
     if probability is None:
         return
     for name, value in config.to_dict().items():
-        # classifier_dropout is None where it follows another one; layerdrop drops whole layers and is no dropout
+        # classifier_dropout is None where it follows another one
         if "dropout" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(config, name, probability)
 
@@ -244,7 +244,8 @@ def _build(
     try:
         if model_config.init == "random" or model_config.name in tiny.NAMES:
             if pooled:
-                return MeanPoolClassifier(config).to(dtype)
+                random: nn.Module = MeanPoolClassifier(config).to(dtype)
+                return random
             built: nn.Module = _auto_class(family, head).from_config(config, **options)
             return built
         if model_config.revision is not None:
@@ -253,7 +254,8 @@ def _build(
             import transformers
 
             encoder = transformers.AutoModel.from_pretrained(place, config=config, **options)
-            return MeanPoolClassifier(config, encoder).to(dtype)
+            classifier: nn.Module = MeanPoolClassifier(config, encoder).to(dtype)
+            return classifier
         model, info = _auto_class(family, head).from_pretrained(
             place, config=config, output_loading_info=True, **options
         )

@@ -1,7 +1,8 @@
 """Classification over the mean of the token vectors.
 
-Sentence encoders such as MiniLM are trained with mean pooling (Reimers and Gurevych 2019, arXiv:1908.10084); the pooler
-that their architecture also has was never trained, so the usual sequence classification would start from noise.
+Sentence encoders such as MiniLM are trained with mean pooling (Reimers and Gurevych 2019, arXiv:1908.10084);
+the pooler that their architecture also has was never trained, so the usual sequence classification would
+start from noise.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def is_mean_pooled(path: str) -> bool:
     return bool(json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_mean_tokens", False))
 
 
-class MeanPoolClassifier(PreTrainedModel):
+class MeanPoolClassifier(PreTrainedModel):  # type: ignore[misc]
     """An encoder, the mean of its outputs over the real tokens, dropout and a linear layer.
 
     Args:
@@ -38,7 +39,7 @@ class MeanPoolClassifier(PreTrainedModel):
 
     def __init__(self, config: Any, encoder: nn.Module | None = None) -> None:
         super().__init__(config)
-        self.encoder = encoder if encoder is not None else AutoModel.from_config(config)
+        self.encoder: Any = encoder if encoder is not None else AutoModel.from_config(config)
         if getattr(self.encoder, "pooler", None) is not None:
             # it would be a parameter without a gradient
             self.encoder.pooler = None
@@ -59,7 +60,7 @@ class MeanPoolClassifier(PreTrainedModel):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Class scores `[B, C]` for `input_ids` `[B, T]` and `attention_mask` `[B, T]` (a prefix included)."""
+        """Class scores `[B, C]` for `input_ids` and `attention_mask`, both `[B, T]`."""
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         kwargs.pop("labels", None)

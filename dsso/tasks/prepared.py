@@ -147,11 +147,11 @@ class PreparedTask:
 
     @property
     def majority_baseline(self) -> dict[str, float]:
-        """Metrics on the validation set of always giving the commonest training answer (the mean, of values)."""
+        """`baseline` of the validation set."""
         return self.baseline("validation")
 
     def baseline(self, split: str) -> dict[str, float]:
-        """Metrics on any split of always giving the commonest training answer (the mean, of values)."""
+        """Metrics of always giving the commonest training answer (of values: their mean)."""
         train = self.task.train
         answer: Prediction
         if self.task.spec.kind == "regression":
@@ -173,8 +173,8 @@ def prepare(task: Task, bundle: ModelBundle, config: TaskConfig) -> PreparedTask
         config: the recipe's `dsso.task`.
 
     Raises:
-        RecipeError: the prompt or the verbalizer cannot be used, a length is beyond what the model can read, or
-            torchmetrics is missing.
+        RecipeError: the prompt or the verbalizer cannot be used, a length is beyond what the model can read,
+            or torchmetrics is missing.
     """
     require_torchmetrics()
     _check_length(bundle, config)

@@ -1,7 +1,7 @@
 """Prompt templates and verbalizers.
 
-A template is text with `{name}` placeholders for the texts of an example; a masked-LM template has `{mask}` where the
-answer belongs (at its end when it is left out). A verbalizer gives one word per class.
+A template is text with `{name}` placeholders for the texts of an example; a masked-LM template has `{mask}`
+where the answer belongs (at its end when it is left out). A verbalizer gives one word per class.
 """
 
 from __future__ import annotations

@@ -149,8 +149,8 @@ def _directory(spec: TaskSpec, root: Path, where: str) -> Source:
             f"the data directory holds nothing for the task {spec.name!r}",
             where=where,
             got=str(root),
-            allowed=f"{spec.name}/train.jsonl and {spec.name}/validation.jsonl, or both files in the directory itself; "
-            f"present: {', '.join(held) or 'nothing'}",
+            allowed=f"{spec.name}/train.jsonl and {spec.name}/validation.jsonl, or both files in that "
+            f"directory itself; present: {', '.join(held) or 'nothing'}",
             remedy="correct dsso.task.name or the directory",
         )
     return Source(str(folder), available, lambda name: read_jsonl(folder / f"{name}.jsonl"))
@@ -184,7 +184,7 @@ def _load_from_hub(spec: TaskSpec, split: str) -> Sequence[Row]:
         raise RecipeError(
             f"the split {split!r} could not be loaded from the hub ({type(error).__name__}: {error})",
             where=f"task {spec.name}, {spec.hub}",
-            remedy=f"check the network, or set dsso.task.data_dir (or ${ENVIRONMENT}) to a directory that holds "
+            remedy=f"check the network, or set dsso.task.data_dir (or ${ENVIRONMENT}) to a directory with "
             f"{spec.name}/train.jsonl and {spec.name}/validation.jsonl",
         ) from error
     if len(loaded) == 0:
@@ -240,9 +240,17 @@ def _renamed(spec: TaskSpec, raw: Row, renamed: Mapping[str, str], table: Table,
 
 
 def _example(spec: TaskSpec, row: Row, table: Table, index: int) -> Example | None:
-    group = spec.group(row) if spec.group is not None else None
+    try:
+        group = spec.group(row) if spec.group is not None else None
+        texts = spec.texts(row)
+    except (KeyError, TypeError) as error:
+        raise RecipeError(
+            f"a column has not the form of the hub's rows ({type(error).__name__}: {error})",
+            where=table.place(index),
+            got=str(dict(row))[:80],
+        ) from error
     if spec.kind == "text":
-        return _text_example(spec, row, table, index, group)
+        return Example(texts, answers=_answers(spec, row, table, index), group=group)
     label = row[spec.label_column]
     if isinstance(label, bool):
         label = int(label)
@@ -258,7 +266,7 @@ def _example(spec: TaskSpec, row: Row, table: Table, index: int) -> Example | No
                 got=label,
                 allowed=f"a number from {low} to {high}",
             )
-        return Example(spec.texts(row), float(label), group=group)
+        return Example(texts, float(label), group=group)
     if isinstance(label, str) and label in spec.labels:
         label = spec.labels.index(label)
     if not isinstance(label, int) or not 0 <= label < len(spec.labels):
@@ -272,10 +280,10 @@ def _example(spec: TaskSpec, row: Row, table: Table, index: int) -> Example | No
             if label == -1
             else None,
         )
-    return Example(spec.texts(row), label, group=group)
+    return Example(texts, label, group=group)
 
 
-def _text_example(spec: TaskSpec, row: Row, table: Table, index: int, group: str | None) -> Example:
+def _answers(spec: TaskSpec, row: Row, table: Table, index: int) -> tuple[str, ...]:
     assert spec.answers is not None
     try:
         answers = spec.answers(row)
@@ -290,4 +298,4 @@ def _text_example(spec: TaskSpec, row: Row, table: Table, index: int, group: str
         raise RecipeError(
             "the row has no answer", where=table.place(index), got=str(row[spec.label_column])[:80]
         )
-    return Example(spec.texts(row), answers=answers, group=group)
+    return answers

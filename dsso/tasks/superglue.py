@@ -1,7 +1,7 @@
 """SuperGLUE (Wang et al. 2019, arXiv:1905.00537): boolq cb copa wic wsc multirc record (rte is in `glue.py`).
 
-The labels are in the order of `aps/super_glue` on the hub; the prompts are our own. COPA and WSC become questions
-with two answers, ReCoRD becomes free text: the entity that fills the gap.
+The labels are in the order of `aps/super_glue` on the hub; the prompts are our own. COPA and WSC become
+questions with two answers, ReCoRD becomes free text: the entity that fills the gap.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tasks outside the two suites: sst5 trec snli (classes) and squad drop (free text).
 
-Sources of the data: SST-5 (Socher et al. 2013), TREC (Li and Roth 2002; the six coarse classes), SNLI (Bowman et al.
-2015), SQuAD 1.1 (Rajpurkar et al. 2016), DROP (Dua et al. 2019). The prompts are our own.
+Sources of the data: SST-5 (Socher et al. 2013), TREC (Li and Roth 2002; the six coarse classes), SNLI
+(Bowman et al. 2015), SQuAD 1.1 (Rajpurkar et al. 2016), DROP (Dua et al. 2019). The prompts are our own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Built-in tiny models with random weights, one per family, and their byte tokenizer: no download, milliseconds a step.
+"""Built-in tiny models with random weights, one per family, and their byte tokenizer: nothing to download.
 
-Two layers, 64 wide, four heads. The tokenizer is the byte-level one of ByT5 (Xue et al. 2021, arXiv:2105.13626), which
-needs no files, with a mask token added.
+Two layers, 64 wide, four heads. The tokenizer is the byte-level one of ByT5 (Xue et al. 2021,
+arXiv:2105.13626), which needs no files, with a mask token added.
 """
 
 from __future__ import annotations
