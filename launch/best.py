@@ -103,7 +103,8 @@ class Best:
         """The best weights from the disk, on the CPU; None where no evaluation gave a finite metric."""
         if self.step is None:
             return None
-        return safetensors.torch.load_file(self.directory / _name(self.step))
+        found: dict[str, Tensor] = safetensors.torch.load_file(self.directory / _name(self.step))
+        return found
 
     def prune(self, steps: Iterable[int | None]) -> None:
         """Remove, on rank 0, the files of all other steps."""

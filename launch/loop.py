@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -131,7 +132,7 @@ class Loop:
             loss = job.data.loss_sum(engine(**batch.inputs), batch) / terms
             engine.backward(loss, terms=terms)
             if engine.wants_sampled_pass():
-                engine.sampled_pass(lambda batch=batch: self._sampled(batch, terms))
+                engine.sampled_pass(partial(self._sampled, batch, terms))
             engine.step()
             self._add(loss.detach())
 

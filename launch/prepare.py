@@ -22,7 +22,8 @@ from launch.arguments import Arguments
 from launch.resume import Resume, compare, plan
 
 if TYPE_CHECKING:
-    from dsso.tasks import PreparedTask, Task
+    from dsso.tasks import PreparedTask
+    from dsso.tasks.base import Task
     from dsso.tasks.models import ModelBundle
 
 
@@ -130,6 +131,7 @@ def _method_table(
     if not shapes:
         raise RecipeError("no parameter of the model is trainable", where="dsso.peft")
     kind = recipe.optimizer_type
+    rows: list[dict[str, Any]]
     if not recipe.is_method:
         rows = [
             {"parameter": name, "shape": shape, "method": kind, "owner": None, "reason": ""}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dsso import checkpoint, engines
 from dsso.diagnostics import MetricsLog, environment, jsonable, method_table
@@ -29,7 +29,7 @@ def run(job: Job, place: engines.Environment) -> int:
         RunError: the run cannot go on.
     """
     engines.start(place, job.recipe.dsso.train.timeout_minutes)
-    engine = engines.build(job.bundle.model, job.recipe, place)
+    engine = cast("Engine", engines.build(job.bundle.model, job.recipe, place))
     seed_everything(job.seed, job.rank)
     with StopRequest(speak=job.rank == 0) as stop:
         _open_directory(job)
