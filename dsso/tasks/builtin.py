@@ -3,8 +3,9 @@
 Does the second sentence follow from the first? The first sentence says who did what to which thing, where
 and when. The second one says it again in other words (synonyms, passive voice, another order, details left
 out), or changes one fact (who, what was done, the thing, the place) or denies it. A negation is only a hint,
-because some true sentences carry one as well ("did not fail to buy"): a model that looks at the second
-sentence alone ends well below one that compares the two. Everything is a pure function of the seed.
+because half of the false sentences have none and some true ones do ("did not fail to buy"): a model that
+looks at the second sentence alone ends well below one that compares the two, but above always answering the
+same. Everything is a pure function of the seed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import random
 from dsso.tasks.base import Example, TaskSpec
 
 TRAIN, VALIDATION = 3_000, 1_000
-SAME = 0.4
-"""Share of the pairs that say the same; always answering "different" is right in the others."""
+SAME = 0.55
+"""Share of the pairs that say the same, which is what always answering "same" gets right."""
 
 SPEC = TaskSpec(
     name="builtin",
@@ -70,7 +71,7 @@ _PLACE = (
     ("behind the house", "behind the home"),
 )
 _WHEN = ("yesterday", "last week", "on Monday", "in the morning", "after dinner", "long ago")
-_CHANGES = ("who", "did", "thing", "place", "negation", "negation")
+_CHANGES = ("who", "did", "thing", "place", *["negation"] * 4)
 
 
 def generate(seed: int, train: int = TRAIN, validation: int = VALIDATION) -> dict[str, list[Example]]:
@@ -135,7 +136,7 @@ def _retell(draw: random.Random, fact: dict[str, int], when: str, denied: bool, 
             core = f"{who} did not {base} {thing}"
         else:
             core = f"{thing} was never {_PARTICIPLE.get(past, past)} by {who}"
-    elif style < 0.2:
+    elif style < 0.1:
         core = f"{who} did not fail to {base} {thing}"
     elif style < 0.6:
         core = f"{thing} was {_PARTICIPLE.get(past, past)} by {who}"
