@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dsso import recipe_docs
 from dsso.errors import RecipeError
@@ -21,14 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the schema or the field reference, or check files; returns the exit status."""
     parser = argparse.ArgumentParser("python -m dsso", description="Check recipes, or describe them.")
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a recipe")
-    parser.add_argument("--reference", action="store_true", help="print the field reference as Markdown")
+    parser.add_argument(
+        "--update", type=Path, metavar="PAGE", help="bring the tables of docs/recipe.md up to date"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a value")
     parser.add_argument("files", nargs="*", help="recipes to check")
     given = parser.parse_args(arguments)
     if given.schema:
         print(json.dumps(recipe_docs.json_schema(), indent=2))
-    if given.reference:
-        print(recipe_docs.reference(), end="")
+    if given.update:
+        given.update.write_text(recipe_docs.fill(given.update.read_text(encoding="utf-8")), encoding="utf-8")
     status = 0
     for file in given.files:
         try:

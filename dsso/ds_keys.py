@@ -253,22 +253,25 @@ RENAMED: dict[str, str] = {
 }
 """Old or internal names, and the names to write instead."""
 
-FIXED_FOR_METHODS: dict[str, tuple[object, str]] = {
-    "gradient_allreduce_op": ("mean", "the step is computed from gradients averaged over ranks"),
-    "prescale_gradients": (False, "factors are on the scale of gradients averaged after the reduction"),
-    "gradient_predivide_factor": (
-        1.0,
-        "factors are on the scale of gradients averaged after the reduction",
-    ),
+Fixed: TypeAlias = dict[str, tuple[object, str]]
+
+FIXED: Fixed = {
+    "gradient_allreduce_op": ("mean", "losses are scaled for gradients that are averaged over ranks"),
     "managed_gradient_accumulation": (True, "the end of the accumulation window starts the step"),
+    "sequence_parallel_size": (1, "every rank holds other examples"),
+    "tensor_parallel.autotp_size": (0, "every rank holds whole layers"),
+    "expert_parallel.enabled": (False, "every rank holds whole layers"),
+    "data_efficiency.enabled": (False, "the run orders its own data"),
     "disable_allgather": (False, "updated partitions must reach every rank"),
-    "sequence_parallel_size": (1, "ranks are taken to hold different examples"),
+}
+"""Settings that dsso cannot work with: path -> (the only value that works, why)."""
+
+FIXED_FOR_METHODS: Fixed = {
+    "prescale_gradients": (False, "factors are on the scale of gradients averaged after the reduction"),
+    "gradient_predivide_factor": (1.0, "factors are on the scale of gradients averaged after the reduction"),
     "torch_autocast.enabled": (False, "curvature is measured in the model's own precision"),
     "compile.deepcompile": (False, "curvature is measured by hooks, which compilation drops"),
     "hybrid_engine.enabled": (False, "curvature is measured by hooks, which the hybrid engine replaces"),
-    "tensor_parallel.autotp_size": (0, "every rank must hold whole layers"),
-    "expert_parallel.enabled": (False, "every rank must hold whole layers"),
-    "data_efficiency.enabled": (False, "the run orders its own data"),
     "fp16.auto_cast": (False, "curvature is measured in the model's own precision"),
     "fp16.fp16_master_weights_and_grads": (False, "updates are applied to fp32 master weights"),
     "bf16.bf16_master_weights_and_grads": (False, "updates are applied to fp32 master weights"),
@@ -280,4 +283,4 @@ FIXED_FOR_METHODS: dict[str, tuple[object, str]] = {
     "zero_optimization.zero_quantized_nontrainable_weights": (False, "frozen weights must stay as they are"),
     "zero_optimization.zero_quantized_gradients": (False, "gradients are needed in full precision"),
 }
-"""Settings that the methods of dsso cannot work with: path -> (the only value that works, why)."""
+"""Settings that baselines can work with, and methods of dsso cannot."""

@@ -27,6 +27,7 @@ from dsso.recipe_checks import (
     Precision,
     batch_sizes,
     check_auto,
+    check_fixed,
     check_for_method,
     check_keys,
     precision,
@@ -216,6 +217,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         _override(raw, override)
     check_keys(raw)
     check_auto(raw)
+    check_fixed(raw)
     dsso = parse(DssoConfig, raw.get("dsso", {}), "dsso")
     kind, model, is_method = _optimizer(raw)
     stage = zero_stage(raw, dsso.engine)

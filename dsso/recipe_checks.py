@@ -13,7 +13,17 @@ from typing import Any, Literal
 import torch
 
 from dsso.config import DssoConfig
-from dsso.ds_keys import BATCH_KEYS, FIXED_FOR_METHODS, REMOVED, RENAMED, SECTIONS, TOP_LEVEL, Kind
+from dsso.ds_keys import (
+    BATCH_KEYS,
+    FIXED,
+    FIXED_FOR_METHODS,
+    REMOVED,
+    RENAMED,
+    SECTIONS,
+    TOP_LEVEL,
+    Fixed,
+    Kind,
+)
 from dsso.errors import RecipeError, nearest
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -289,15 +299,21 @@ def check_for_method(raw: Mapping[str, Any], method: str, stage: int) -> None:
             allowed="auto",
             remedy=f"remove it; dsso sets {SUB_GROUP_SIZE}",
         )
-    for path, (works, why) in FIXED_FOR_METHODS.items():
+    _check_fixed(raw, FIXED_FOR_METHODS, method)
+
+
+def check_fixed(raw: Mapping[str, Any]) -> None:
+    """What neither the methods nor the baselines can work with."""
+    _check_fixed(raw, FIXED, "dsso")
+
+
+def _check_fixed(raw: Mapping[str, Any], table: Fixed, who: str) -> None:
+    for path, (works, why) in table.items():
         value = lookup(raw, path, works)
         if value not in (works, "auto"):
+            allowed = str(works).lower()
             raise RecipeError(
-                f"does not work together with {method}: {why}",
-                where=path,
-                got=value,
-                allowed=str(works).lower(),
-                remedy="remove it",
+                f"does not work with {who}: {why}", where=path, got=value, allowed=allowed, remedy="remove it"
             )
 
 

@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from dsso import optim
 from dsso.config import DssoConfig, StrictModel
-from dsso.ds_keys import SECTIONS, TOP_LEVEL, Kind
+from dsso.ds_keys import FIXED, FIXED_FOR_METHODS, SECTIONS, TOP_LEVEL, Kind
 from dsso.recipe_models import BASELINES, SCHEDULERS
 from dsso.schedule import Interval, ScheduleSpec
 
@@ -35,6 +35,30 @@ def reference() -> str:
             head = ["| field | value | default | meaning |", "|---|---|---|---|"]
             parts.append("\n".join([f"### `{path}`", "", summary, "", *head, *rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def refused() -> str:
+    """Settings that dsso cannot work with, as a Markdown table."""
+    rows = [
+        f"| `{path}` | `{json.dumps(works)}` | {who} | {why} |"
+        for who, table in (("all", FIXED), ("methods", FIXED_FOR_METHODS))
+        for path, (works, why) in table.items()
+    ]
+    return "\n".join(["| setting | must be | for | because |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def fill(page: str) -> str:
+    """The page with its tables brought up to date.
+
+    Args:
+        page: Markdown with `<!-- name: begin -->` and `<!-- name: end -->` around each generated part.
+    """
+    for name, text in (("fields", reference()), ("refused", refused())):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(end)
+        page = f"{before}{begin}\n\n{text}\n{end}{after}"
+    return page
 
 
 def _sections() -> Iterator[tuple[str, type[StrictModel]]]:

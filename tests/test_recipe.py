@@ -328,3 +328,24 @@ def test_the_schema_is_printed_by_the_module(module: str) -> None:
     command = [sys.executable, "-m", module, "--schema"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(printed.stdout) == recipe_docs.json_schema()
+
+
+def test_the_page_of_the_recipe_is_up_to_date(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "recipe.md"
+    text = page.read_text(encoding="utf-8")
+    assert recipe_docs.fill(text) == text, "run: python -m dsso --update docs/recipe.md"
+    stale = tmp_path / "recipe.md"
+    stale.write_text(text.replace("| `tau` |", "| `tua` |"), encoding="utf-8")
+    assert __main__.main(["--update", str(stale)]) == 0
+    assert stale.read_text(encoding="utf-8") == text
+
+
+def test_the_examples_of_the_page_are_valid() -> None:
+    blocks = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8").split("```json\n")[1:]
+    whole, *fields = (block.split("```")[0] for block in blocks)
+    recipe = load_recipe(json.loads(whole))
+    assert recipe.dsso.model.name == "minilm"
+    assert len(fields) == 2
+    for text in fields:
+        params = json.loads("{" + text + "}")
+        assert load({f"optimizer.params.{name}": value for name, value in params.items()})

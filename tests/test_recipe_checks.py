@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dsso.ds_keys import FIXED_FOR_METHODS, REMOVED, RENAMED
-from tests.recipes import ADAMW, load, message
+from dsso.ds_keys import FIXED, FIXED_FOR_METHODS, REMOVED, RENAMED
+from tests.recipes import ADAMW, BASE, load, message
 
 WRONG: list[tuple[dict[str, Any], list[str]]] = [
     # unknown keys, at every level
@@ -159,15 +159,26 @@ def test_old_names_are_told_their_new_one(path: str) -> None:
     assert f"write {RENAMED[path]} instead" in told
 
 
+def other(works: object) -> object:
+    """A value that is not the one that works."""
+    others: dict[object, object] = {"mean": "sum", 1: 2, 0: 2, None: {}}
+    return (not works) if isinstance(works, bool) else others[works]
+
+
 @pytest.mark.parametrize("path", sorted(FIXED_FOR_METHODS))
 def test_settings_that_break_a_method_are_refused_for_methods_only(path: str) -> None:
     works, why = FIXED_FOR_METHODS[path]
-    others: dict[object, object] = {"mean": "sum", 1: 2, 0: 2, None: {}}
-    breaks = (not works) if isinstance(works, bool) else others[works]
-    told = message({path: breaks})
-    assert f"{path}: does not work together with KFAC: {why}" in told
+    assert f"{path}: does not work with KFAC: {why}" in message({path: other(works)})
     load({path: works})
-    load({path: breaks}, ADAMW)
+    load({path: other(works)}, ADAMW)
+
+
+@pytest.mark.parametrize("path", sorted(FIXED))
+def test_settings_that_break_the_run_are_refused_for_all(path: str) -> None:
+    works, why = FIXED[path]
+    for base in (BASE, ADAMW):
+        assert f"{path}: does not work with dsso: {why}" in message({path: other(works)}, base)
+        load({path: works}, base)
 
 
 def test_offloading_is_left_to_baselines() -> None:
