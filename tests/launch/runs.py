@@ -1,0 +1,93 @@
+"""Tiny runs for the tests: recipes, starting them here or through a launcher, reading what they wrote."""
+
+from __future__ import annotations
+
+import copy
+import json
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TINY: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 2,
+    "zero_optimization": {"stage": 1},
+    "optimizer": {
+        "type": "KFAC",
+        "params": {"lr": 0.02, "damping": 0.1, "factor_interval": 2, "inverse_interval": 3},
+    },
+    "dsso": {
+        "model": {"name": "tiny-roberta"},
+        "peft": {"type": "adapter", "bottleneck": 8},
+        "task": {"name": "builtin", "max_length": 48, "train_examples": 96, "eval_examples": 24},
+        "train": {"max_steps": 10, "eval_interval": 5, "log_interval": 2, "save_interval": 4},
+    },
+}
+"""A run of two or three seconds; dropout is on, intervals are such that steps 7 and 9 lie within one."""
+
+
+def write_recipe(folder: Path, changes: dict[str, Any] | None = None) -> Path:
+    """A recipe file: `TINY` with values set by dotted path; None removes a key."""
+    recipe = copy.deepcopy(TINY)
+    for dotted, value in (changes or {}).items():
+        *parents, last = dotted.split(".")
+        home = recipe
+        for part in parents:
+            home = home.setdefault(part, {})
+        if value is None:
+            home.pop(last, None)
+        else:
+            home[last] = value
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def train(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """`python launch/train.py ARGUMENTS` in this process; returns the exit status."""
+    from launch import train as entry
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", *map(str, arguments)])
+    return entry.main()
+
+
+def launcher(*arguments: object, script: str = "launch/train.py", ranks: int = 2) -> list[str]:
+    """The command line of DeepSpeed's launcher on this machine, with a port of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # beside this interpreter: the environment need not be active
+    program = Path(sys.executable).parent / "deepspeed"
+    head = [program, "--num_gpus", ranks, "--master_port", port, "--master_addr", "127.0.0.1"]
+    return [str(word) for word in (*head, ROOT / script, *arguments)]
+
+
+def lines(run: Path, steps: bool = True) -> list[dict[str, Any]]:
+    """Logged steps of a run, or its evaluations; without the clock."""
+    every = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    chosen = [line for line in every if ("eval" not in line) == steps]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in chosen]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """`summary.json`."""
+    found: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return found
+
+
+def config(run: Path) -> dict[str, Any]:
+    """`config.json`."""
+    found: dict[str, Any] = json.loads((run / "config.json").read_text())
+    return found
+
+
+def checkpoints(run: Path) -> list[str]:
+    """Names of the checkpoints of a run."""
+    return sorted(path.name for path in (run / "checkpoints").glob("step_*"))

@@ -1,0 +1,202 @@
+"""What happens on the way: warnings, skipped steps, patience, full disks, baselines, samples."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsso import checkpoint
+from launch.loop import Loop
+from tests.launch.runs import checkpoints, lines, summary, train, write_recipe
+
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+
+
+def test_a_method_that_does_nothing_warns(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
+    changes = {
+        "optimizer.params": {"lr": 0.01, "damping": 1e12, "damping_mode": "absolute"},
+        "dsso.train": {"max_steps": 12, "eval_interval": 12, "log_interval": 2, "noop_window": 6},
+    }
+    arguments = ("--ds_config", write_recipe(tmp_path, changes), "--output_dir", tmp_path / "out")
+    assert train(monkeypatch, *arguments) == 0
+    told = capfd.readouterr().out
+    assert told.count("KFAC is doing nothing") == 1
+    assert "why: most likely the absolute damping of 1e+12 is too strong" in told
+
+
+def test_a_method_that_works_does_not_warn(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
+    changes = {"dsso.train": {"max_steps": 12, "eval_interval": 12, "log_interval": 2, "noop_window": 6}}
+    arguments = ("--ds_config", write_recipe(tmp_path, changes), "--output_dir", tmp_path / "out")
+    assert train(monkeypatch, *arguments) == 0
+    assert "is doing nothing" not in capfd.readouterr().out
+
+
+def poison(monkeypatch: Patch, steps: range) -> None:
+    """Make the loss of these steps (from 0) not a number."""
+    from dsso.tasks import PreparedTask
+
+    whole = Loop._window
+    honest = PreparedTask.loss_sum
+    current = {"step": 0}
+
+    def window(loop: Loop) -> None:
+        current["step"] = loop.step
+        whole(loop)
+
+    def loss_sum(ready: Any, outputs: Any, batch: Any) -> torch.Tensor:
+        loss = honest(ready, outputs, batch)
+        return loss * float("nan") if current["step"] in steps else loss
+
+    monkeypatch.setattr(Loop, "_window", window)
+    monkeypatch.setattr(PreparedTask, "loss_sum", loss_sum)
+
+
+def test_a_bad_batch_is_skipped_and_told(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
+    poison(monkeypatch, range(2, 3))
+    out = tmp_path / "out"
+    assert train(monkeypatch, "--ds_config", write_recipe(tmp_path), "--output_dir", out) == 0
+    assert (
+        "step 4: 1 step(s) skipped on all ranks (non-finite loss on rank 0; 1 in all)"
+        in capfd.readouterr().out
+    )
+    assert summary(out)["skipped_steps"] == 1
+    steps = lines(out)
+    assert [line["skipped_steps"] for line in steps] == [0, 1, 1, 1, 1]
+    assert steps[1]["bad_losses"] == 2
+    assert all(line["loss"] is not None for line in steps)
+
+
+def test_a_run_of_bad_batches_ends_it(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
+    poison(monkeypatch, range(3, 100))
+    out = tmp_path / "out"
+    recipe = write_recipe(tmp_path, {"dsso.train.max_consecutive_skips": 4})
+    assert train(monkeypatch, "--ds_config", recipe, "--output_dir", out) == 1
+    told = capfd.readouterr().err
+    assert "max_consecutive_skips: 5 steps in a row were skipped, the last is step 8 (first: 4)" in told
+    assert "the loss was not finite on rank 0 (4 micro-batches)" in told
+    assert "remedy: lower the learning rate" in told
+    assert "Traceback" not in told
+    # the weights are what they were before: the checkpoint is worth going on from
+    assert checkpoints(out) == ["step_00000004"]
+
+
+def test_patience(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
+    changes = {
+        "optimizer": {"type": "SGD", "params": {"lr": 1e-12}},
+        "dsso.train": {"max_steps": 50, "eval_interval": 2, "log_interval": 2, "patience": 2},
+    }
+    out = tmp_path / "out"
+    recipe = write_recipe(tmp_path, changes)
+    assert train(monkeypatch, "--ds_config", recipe, "--output_dir", out) == 0
+    assert "no improvement in 2 evaluations: stopping (patience)" in capfd.readouterr().out
+    found = summary(out)
+    assert (found["ended"], found["steps"], found["best_step"], found["optimizer"]) == (
+        "patience",
+        6,
+        2,
+        "SGD",
+    )
+    assert train(monkeypatch, "--ds_config", recipe, "--output_dir", out, "--resume", "auto") == 0
+    assert summary(out)["steps"] == 6
+
+
+def fill_disk(monkeypatch: Patch, steps: set[int]) -> None:
+    """Let the manifest of these checkpoints meet a full disk."""
+    publish = checkpoint.Checkpointer._publish
+
+    def full(keeper: Any, hidden: Path, tag: str, manifest: Any) -> None:
+        if manifest["step"] in steps:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish(keeper, hidden, tag, manifest)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "_publish", full)
+
+
+def test_a_full_disk_on_the_way_is_a_warning(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
+    fill_disk(monkeypatch, {8})
+    out = tmp_path / "out"
+    assert train(monkeypatch, "--ds_config", write_recipe(tmp_path), "--output_dir", out) == 0
+    told = capfd.readouterr().out
+    assert "warning: " in told and "step_00000008 could not be written (rank 0: the disk is full" in told
+    assert f"the last good one is {out}/checkpoints/step_00000004" in told
+    assert checkpoints(out) == ["step_00000004", "step_00000010"]
+
+
+def test_a_full_disk_at_the_end_is_an_error(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
+    out, recipe = tmp_path / "out", write_recipe(tmp_path)
+    with monkeypatch.context() as patch:
+        fill_disk(patch, {10})
+        assert train(patch, "--ds_config", recipe, "--output_dir", out) == 1
+    told = capfd.readouterr().err
+    assert "step_00000010 could not be written" in told
+    assert "remedy: make room on the disk" in told
+    assert checkpoints(out) == ["step_00000004", "step_00000008"]
+    assert train(monkeypatch, "--ds_config", recipe, "--output_dir", out, "--resume", "auto") == 0
+    assert summary(out)["steps"] == 10
+
+
+def test_best_weights_that_do_not_fit_leave_those_before(
+    tmp_path: Path, monkeypatch: Patch, capfd: Capture
+) -> None:
+    from launch import best
+
+    save = best.save_weights
+
+    def full(path: Path, weights: Any) -> None:
+        if "00000004" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, weights)
+
+    monkeypatch.setattr(best, "save_weights", full)
+    monkeypatch.setattr(best.Best, "improved_by", lambda self, metrics: True)
+    out = tmp_path / "out"
+    changes = {"dsso.train": {"max_steps": 4, "eval_interval": 2, "log_interval": 2}}
+    assert train(monkeypatch, "--ds_config", write_recipe(tmp_path, changes), "--output_dir", out) == 0
+    assert "the best weights (step 4) could not be written" in capfd.readouterr().out
+    assert summary(out)["best_step"] == 2
+    assert [path.name for path in (out / "best").glob("*.safetensors")] == ["step_00000002.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}}, id="adamw"),
+        pytest.param({"optimizer.params.fisher": "sampled"}, id="sampled"),
+        pytest.param(
+            {
+                "optimizer.params.fisher": "sampled",
+                "dsso.model.name": "tiny-t5",
+                "dsso.peft": {"type": "lora"},
+                "dsso.task.max_length": 64,
+            },
+            id="sampled-t5-prompt",
+        ),
+        pytest.param({"dsso.model.name": "tiny-opt", "dsso.task.max_length": 80}, id="opt-prompt"),
+        pytest.param({"bf16": {"enabled": True}}, id="bf16"),
+        pytest.param({"dsso.train": {"epochs": 0.5, "eval_interval": 4}}, id="epochs"),
+        pytest.param({"dsso.peft": {"type": "none"}}, id="full"),
+    ],
+)
+def test_other_recipes_run(changes: dict[str, Any], tmp_path: Path, monkeypatch: Patch) -> None:
+    out = tmp_path / "out"
+    short = {"dsso.train.max_steps": 3} if "dsso.train" not in changes else {}
+    assert (
+        train(monkeypatch, "--ds_config", write_recipe(tmp_path, short | changes), "--output_dir", out) == 0
+    )
+    found = summary(out)
+    assert found["steps"] == (6 if "dsso.train" in changes else 3)
+    assert found["skipped_steps"] == 0
+    assert 0 <= found["test_metric"] <= 1
+    assert (out / "adapter").exists() == (changes.get("dsso.peft") != {"type": "none"})
+
+
+def test_debug_logs_every_step(tmp_path: Path, monkeypatch: Patch) -> None:
+    out = tmp_path / "out"
+    recipe = write_recipe(tmp_path, {"dsso.train.max_steps": 3})
+    assert train(monkeypatch, "--ds_config", recipe, "--output_dir", out, "--debug") == 0
+    assert [line["step"] for line in lines(out)] == [1, 2, 3]
