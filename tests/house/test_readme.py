@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dsso.recipe import load_recipe
 from tests.house.files import ROOT, project_files, short
 
 PAGES = [path for path in project_files() if path.suffix == ".md"]
@@ -53,6 +54,13 @@ def test_json_blocks_parse(page: Path) -> None:
     for block in re.findall(r"^```json\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         # members may be shown without the object around them
         json.loads(block if block.lstrip().startswith(("{", "[")) else f"{{{block}}}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=short)
+def test_whole_recipes_are_accepted(page: Path) -> None:
+    for block in re.findall(r"^```json\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        if block.startswith("{") and '"dsso"' in block:
+            assert load_recipe(json.loads(block)).resolved(2, steps=100).global_batch > 0
 
 
 def test_torch_is_pinned_exactly() -> None:
