@@ -95,10 +95,7 @@ def test_its_name_and_its_comment_say_what_it_is(file: Path) -> None:
     for word in words:
         assert word not in kinds or kinds[word] == recipe.dsso.peft.type
         assert word not in {"builtin", "mrpc", "stsb", "rte"} or word == recipe.dsso.task.name
-        assert (
-            word not in {"bf16", "fp16"}
-            or word == {"bfloat16": "bf16", "float16": "fp16"}[recipe.precision.dtype]
-        )
+        assert word not in dtypes or dtypes[word] == recipe.precision.dtype
         assert not word.startswith("zero") or int(word.removeprefix("zero")) == recipe.zero_stage
         assert word != "single" or recipe.dsso.engine == "single"
 
