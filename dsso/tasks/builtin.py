@@ -2,15 +2,16 @@
 
 Does the second sentence follow from the first? The first sentence says who did what to which thing, where
 and when. The second one says it again in other words (synonyms, passive voice, another order, details left
-out), or changes one fact (who, what was done, the thing, the place) or denies it. A negation is only a hint,
-because half of the false sentences have none and some true ones do ("did not fail to buy"): a model that
-looks at the second sentence alone ends well below one that compares the two, but above always answering the
-same. Everything is a pure function of the seed.
+out), or changes one fact (who, what was done, the thing, the place) or denies it. A denial and its
+exclamation mark are only hints: half of the false sentences have none, and some true ones do ("did not fail
+to buy"). So a model that looks at the second sentence alone, as a tiny one does, ends well above always
+answering the same and well below a model that compares the two. Everything is a pure function of the seed.
 """
 
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 
 from dsso.tasks.base import Example, TaskSpec
 
@@ -84,9 +85,15 @@ def generate(seed: int, train: int = TRAIN, validation: int = VALIDATION) -> dic
     """
     # every split has a stream of its own, so that the size of one does not change another
     return {
-        name: [_pair(random.Random(f"builtin/{seed}/{name}/{index}")) for index in range(count)]
+        name: list(_pairs(seed, name, count))
         for name, count in (("train", train), ("validation", validation))
     }
+
+
+@lru_cache(maxsize=4)
+def _pairs(seed: int, name: str, count: int) -> tuple[Example, ...]:
+    draw = random.Random(f"builtin/{seed}/{name}")
+    return tuple(_pair(draw) for _ in range(count))
 
 
 def _pair(draw: random.Random) -> Example:
@@ -142,10 +149,11 @@ def _retell(draw: random.Random, fact: dict[str, int], when: str, denied: bool, 
         core = f"{thing} was {_PARTICIPLE.get(past, past)} by {who}"
     else:
         core = f"{who} {past} {thing}"
+    end = "!" if draw.random() < (0.9 if denied else 0.1) else "."
     if when and draw.random() < 0.5:
-        return _sentence(" ".join(filter(None, (when, core, place))))
-    return _sentence(" ".join(filter(None, (core, place, when))))
+        return _sentence(" ".join(filter(None, (when, core, place))), end)
+    return _sentence(" ".join(filter(None, (core, place, when))), end)
 
 
-def _sentence(words: str) -> str:
-    return words[0].upper() + words[1:] + "."
+def _sentence(words: str, end: str = ".") -> str:
+    return words[0].upper() + words[1:] + end

@@ -88,6 +88,9 @@ def _matthews(spec: TaskSpec, predictions: Sequence[Prediction], examples: Seque
     from torchmetrics.functional.classification import multiclass_matthews_corrcoef
 
     made, wanted = _classes(predictions, examples)
+    # a correlation with a constant is undefined; torchmetrics would put a small number in the denominator
+    if len(set(made.tolist())) < 2 or len(set(wanted.tolist())) < 2:
+        return 0.0
     return float(multiclass_matthews_corrcoef(made, wanted, num_classes=len(spec.labels)))
 
 

@@ -83,10 +83,12 @@ def test_builtin_needs_both_sentences():
     counts = {label: Counter() for label in (0, 1)}
     totals = Counter(example.label for example in public["train"])
     for example in public["train"]:
-        counts[example.label].update(set(example.texts["sentence2"].lower().strip(".").split()))
+        counts[example.label].update(
+            set(example.texts["sentence2"].lower().replace("!", " !").strip(".").split())
+        )
 
     def guess(example):
-        words = set(example.texts["sentence2"].lower().strip(".").split())
+        words = set(example.texts["sentence2"].lower().replace("!", " !").strip(".").split())
         odds = math.log(totals[1] / totals[0])
         for word in words:
             odds += math.log((counts[1][word] + 1) / (totals[1] + 2))
