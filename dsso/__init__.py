@@ -1,10 +1,10 @@
 """Second-order and zeroth-order optimization of large transformers inside the engines that train them.
 
-    engine, optimizer, loader, scheduler = dsso.initialize(model=model, config="recipe.json")
-    for batch in loader:
-        loss = engine(**batch).loss
-        engine.backward(loss)
-        engine.step()
+engine, optimizer, loader, scheduler = dsso.initialize(model=model, config="recipe.json")
+for batch in loader:
+    loss = engine(**batch).loss
+    engine.backward(loss)
+    engine.step()
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ def initialize(
         if environment.world_size > 1:
             sampler = DistributedSampler(training_data, environment.world_size, environment.rank)
         loader = DataLoader(
-            training_data, resolved.micro_batch, shuffle=sampler is None, sampler=sampler, collate_fn=collate_fn, drop_last=True
+            training_data,
+            resolved.micro_batch,
+            shuffle=sampler is None,
+            sampler=sampler,
+            collate_fn=collate_fn,
+            drop_last=True,
         )
     return engine, engine.optimizer, loader, getattr(engine, "scheduler", None)

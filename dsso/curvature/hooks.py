@@ -53,7 +53,9 @@ class _Tap(torch.autograd.Function):
     """Identity on a layer's output that hands the layer's input and output gradient to the capture."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, mask: Tensor | None, capture: Capture, index: int) -> Tensor:
+    def forward(
+        ctx: Any, out: Tensor, x: Tensor, mask: Tensor | None, capture: Capture, index: int
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.mask, ctx.capture, ctx.index = mask, capture, index
         # A fresh tensor on the same memory: unlike a view it may be edited in place by the model, and unlike
@@ -76,6 +78,7 @@ class Capture:
         layers: the layers to measure.
         approximation: `expand` or `reduce`.
         measure_g: False for the forward-only Fisher, whose G is the identity.
+        dtype: of the statistics.
 
     Attributes:
         active: collect in the passes to come; constant within an accumulation window.
@@ -92,7 +95,9 @@ class Capture:
         layers: Sequence[KroneckerLayer],
         approximation: Approximation = "expand",
         measure_g: bool = True,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self._dtype = dtype
         self.layers = tuple(layers)
         self.approximation = approximation
         self.measure_g = measure_g
@@ -104,13 +109,19 @@ class Capture:
         self._sums: dict[int, LayerSums] = {}
         self.masks = TokenMasks(model)
         self._handles = [
-            layer.module.register_forward_hook(self._hook(index, layer)) for index, layer in enumerate(self.layers)
+            layer.module.register_forward_hook(self._hook(index, layer))
+            for index, layer in enumerate(self.layers)
         ]
 
     def _hook(self, index: int, layer: KroneckerLayer) -> Any:
         def tap(_module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-            if not (self.active and torch.is_grad_enabled() and out.requires_grad):
+            if not (self.active and torch.is_grad_enabled()):
                 return None
+            if not out.requires_grad:
+                if self.take_a:
+                    return None
+                # A sampled pass freezes the parameters: a layer with nothing trainable before it starts the graph.
+                out.requires_grad_(True)
             x = args[0]
             mask = self.masks.rows(layer.side, x)
             tapped: Tensor = _Tap.apply(out, x.detach(), mask, self, index)  # type: ignore[no-untyped-call]
@@ -134,17 +145,17 @@ class Capture:
         self.masks.remove()
 
     def _rows(self, x: Tensor, g: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Inputs [N, I], output gradients [N, O] and mask [N] as the approximation wants them, in fp32."""
+        """Inputs [N, I], output gradients [N, O] and mask [N] as the approximation wants them."""
         if self.approximation == "reduce" and x.dim() == 3:
-            g_NO = g.sum(1, dtype=torch.float32)
+            g_NO = g.sum(1, dtype=self._dtype)
             if mask is None:
-                return x.mean(1, dtype=torch.float32), g_NO, None
-            m_BS = mask.to(torch.float32)
-            total = (x.to(torch.float32) * m_BS.unsqueeze(-1)).sum(1)
-            return total / m_BS.sum(1, keepdim=True).clamp_min(1.0), g_NO, (m_BS.amax(1) > 0).to(torch.float32)
-        x_NI = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        g_NO = g.reshape(-1, g.shape[-1]).to(torch.float32)
-        return x_NI, g_NO, None if mask is None else mask.reshape(-1).to(torch.float32)
+                return x.mean(1, dtype=self._dtype), g_NO, None
+            m_BS = mask.to(self._dtype)
+            total = (x.to(self._dtype) * m_BS.unsqueeze(-1)).sum(1)
+            return total / m_BS.sum(1, keepdim=True).clamp_min(1.0), g_NO, (m_BS.amax(1) > 0).to(self._dtype)
+        x_NI = x.reshape(-1, x.shape[-1]).to(self._dtype)
+        g_NO = g.reshape(-1, g.shape[-1]).to(self._dtype)
+        return x_NI, g_NO, None if mask is None else mask.reshape(-1).to(self._dtype)
 
     @torch.no_grad()
     def absorb(self, index: int, x: Tensor, g: Tensor, mask: Tensor | None) -> None:
@@ -154,7 +165,7 @@ class Capture:
             x: [..., I]. g: [..., O]. mask: [B, S] or None.
         """
         layer = self.layers[index]
-        # Autograd may run this inside the model's autocast region; statistics stay in fp32.
+        # Autograd may run this inside the model's autocast region; statistics keep their precision.
         with torch.autocast(device_type=x.device.type, enabled=False):
             x_NI, g_NO, mask_N = self._rows(x, g, mask)
             sums = self._sums.get(index)
@@ -168,9 +179,11 @@ class Capture:
 
     def _zeros(self, layer: KroneckerLayer, device: torch.device) -> LayerSums:
         return LayerSums(
-            a_II=torch.zeros(layer.side_a, layer.side_a, device=device),
-            a_count=torch.zeros((), device=device),
-            g_OO=torch.zeros(layer.outputs, layer.outputs, device=device) if self.measure_g else None,
+            a_II=torch.zeros(layer.side_a, layer.side_a, dtype=self._dtype, device=device),
+            a_count=torch.zeros((), dtype=self._dtype, device=device),
+            g_OO=torch.zeros(layer.outputs, layer.outputs, dtype=self._dtype, device=device)
+            if self.measure_g
+            else None,
         )
 
     @staticmethod

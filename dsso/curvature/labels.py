@@ -55,7 +55,8 @@ def sample_labels(
     Args:
         logits_NC: [N, C] logits, or [N] or [N, 1] predictions for `mse`.
         kind: of the loss.
-        seed, step: of the run.
+        seed: of the run.
+        step: of the run.
         example_ids_N: int64, index of each row's example in the data set.
         positions_N: int64, position of each row in its example (0 where there is one).
 
@@ -68,4 +69,5 @@ def sample_labels(
         picked_N = (cumulated_NC < u_N.unsqueeze(1) * cumulated_NC[:, -1:]).sum(-1)
         return picked_N.clamp_max(logits_NC.shape[-1] - 1)
     predictions_N = logits_NC.detach().reshape(-1).to(torch.float64)
-    return (predictions_N + 0.5**0.5 * torch.special.ndtri(u_N)).to(logits_NC.dtype)
+    drawn_N: Tensor = predictions_N + 0.5**0.5 * torch.special.ndtri(u_N)
+    return drawn_N.to(logits_NC.dtype)

@@ -13,7 +13,13 @@ Side = Literal["encoder", "decoder", "cross"]
 """Whose tokens a layer reads: the encoder's, the decoder's, or (keys and values of cross-attention) the encoder's
 inside the decoder."""
 
-_CROSS_ATTENTION = {"EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "encoder_decoder_attention"}
+_CROSS_ATTENTION = {
+    "EncDecAttention",
+    "encoder_attn",
+    "crossattention",
+    "cross_attn",
+    "encoder_decoder_attention",
+}
 _KEY_VALUE = {"k", "v", "key", "value", "k_proj", "v_proj", "key_proj", "value_proj", "kv_proj"}
 
 
@@ -69,7 +75,7 @@ def _dims(module: nn.Module) -> tuple[int, int, bool] | None:
         return module.in_features, module.out_features, False
     # Hugging Face's Conv1D (GPT-2 style) is known by name, so that this file need not import transformers.
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
-        return int(module.nx), int(module.nf), True
+        return int(module.nx), int(module.nf), True  # type: ignore[arg-type]
     return None
 
 
@@ -113,7 +119,9 @@ def split_parameters(model: nn.Module, exclude: Sequence[str] = (), max_side: in
         own = {names[id(p)]: p for p in module.parameters(recurse=False) if p.requires_grad}
         if dims is None or weight is None or not weight.requires_grad:
             kind = type(module).__name__
-            reason = f"bias of a frozen weight ({kind})" if dims is not None else f"not a linear layer ({kind})"
+            reason = (
+                f"bias of a frozen weight ({kind})" if dims is not None else f"not a linear layer ({kind})"
+            )
             for name in own:
                 reasons.setdefault(name, reason)
             continue

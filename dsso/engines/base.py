@@ -1,11 +1,10 @@
-"""What all engines share: accumulation windows, the scale of measured gradients, reports, dsso's part of checkpoints."""
+"""What all engines share: windows, the scale of measured gradients, reports, dsso's part of checkpoints."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ class EngineBase:
         self.micro_batch_size = micro_batch_size
         self.global_steps = 0
         self._window_open = False
+        self._sampling = False
         self._terms: float | Tensor = 1.0
         self._labels = TokenMasks(module) if optimizer.method is not None else None
         self._shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if p.requires_grad}
@@ -104,23 +104,31 @@ class EngineBase:
         method = self.optimizer.method
         assert method is not None
         scale = self._loss_scale()
-        with self._frozen(), method.sampled_pass():
-            loss = forward()
-            # No accumulation divides this loss, but in fp16 it needs the loss scale as any other.
-            method.before_backward(self._terms / scale, 0.0)
-            (loss.float() * scale).backward()  # type: ignore[no-untyped-call]
+        self._sampling = True
+        try:
+            with self._frozen(), method.sampled_pass():
+                loss = forward()
+                # No accumulation divides this loss, but in fp16 it needs the loss scale as any other.
+                method.before_backward(self._terms / scale, 0.0)
+                (loss.float() * scale).backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._sampling = False
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        embedding = self.module.get_input_embeddings()  # type: ignore[operator]
         trainable = [p for p in self.module.parameters() if p.requires_grad]
-        handle = embedding.register_forward_hook(lambda _m, _a, out: out.requires_grad_(True))
+        handle = None
+        embedding = getattr(self.module, "get_input_embeddings", lambda: None)()
+        if isinstance(embedding, nn.Module):
+            # Reentrant checkpointing builds a graph only where an input of the block asks for a gradient.
+            handle = embedding.register_forward_hook(lambda _m, _a, out: out.requires_grad_(True))
         for parameter in trainable:
             parameter.requires_grad_(False)
         try:
             yield
         finally:
-            handle.remove()
+            if handle is not None:
+                handle.remove()
             for parameter in trainable:
                 parameter.requires_grad_(True)
 

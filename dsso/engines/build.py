@@ -19,7 +19,9 @@ from dsso.optim._rules import Rule
 from dsso.parallel import collectives
 
 
-def make_optimizer(model: nn.Module, kind: str, config: Any, device: torch.device, clip: float = 0.0) -> PartitionOptimizer:
+def make_optimizer(
+    model: nn.Module, kind: str, config: Any, device: torch.device, clip: float = 0.0
+) -> PartitionOptimizer:
     """The optimizer of a recipe, not attached to an engine yet.
 
     Args:

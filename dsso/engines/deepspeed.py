@@ -42,7 +42,11 @@ class DeepSpeedEngine(EngineBase):
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: PartitionOptimizer, device: torch.device, ds_config: Mapping[str, Any]
+        self,
+        module: nn.Module,
+        optimizer: PartitionOptimizer,
+        device: torch.device,
+        ds_config: Mapping[str, Any],
     ) -> None:
         import deepspeed  # heavy, and not needed by the other engines
         from deepspeed.accelerator import get_accelerator
@@ -58,7 +62,11 @@ class DeepSpeedEngine(EngineBase):
         names = {id(p): n for n, p in module.named_parameters() if p.requires_grad}
         sizes = {n: p.numel() for n, p in module.named_parameters() if p.requires_grad}
         super().__init__(
-            module, optimizer, device, int(config["gradient_accumulation_steps"]), int(config["train_micro_batch_size_per_gpu"])
+            module,
+            optimizer,
+            device,
+            int(config["gradient_accumulation_steps"]),
+            int(config["train_micro_batch_size_per_gpu"]),
         )
         self._frozen_weights = any(not p.requires_grad for p in module.parameters())
         optimizer.dry_run = True
@@ -95,7 +103,10 @@ class DeepSpeedEngine(EngineBase):
         zero = self._ds.optimizer
         if self.stage == 3:
             return self._layout_stage_3(zero)
-        for flat, groups in (("single_partition_of_fp32_groups", "bit16_groups"), ("fp32_groups_flat_partition", "bf16_groups")):
+        for flat, groups in (
+            ("single_partition_of_fp32_groups", "bit16_groups"),
+            ("fp32_groups_flat_partition", "bf16_groups"),
+        ):
             if hasattr(zero, flat):
                 return self._layout_flat(list(getattr(zero, flat)), getattr(zero, groups))
         if hasattr(zero, "fp32_groups"):
@@ -144,7 +155,7 @@ class DeepSpeedEngine(EngineBase):
         for span in spans:
             parameter = parameters[span.name]
             if self.stage == 3:
-                model = parameter.ds_tensor.view(-1)[: span.numel]
+                model = parameter.ds_tensor.view(-1)[: span.numel]  # type: ignore[attr-defined]
             else:
                 model = parameter.detach().reshape(-1)[span.start : span.start + span.numel]
             held = buffers[span.buffer].detach().view(-1)[span.offset : span.offset + span.numel]
@@ -164,6 +175,9 @@ class DeepSpeedEngine(EngineBase):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass through DeepSpeed."""
         self._before_forward()
+        if self._sampling:
+            # DeepSpeed's own forward prepares a backward pass that ends in a reduction of gradients.
+            return self.module(*args, **kwargs)
         return self._ds(*args, **kwargs)
 
     def _loss_scale(self) -> float:

@@ -56,7 +56,9 @@ def launch_environment() -> Environment:
             where="environment",
             remedy="start through deepspeed or torchrun, or unset these variables to run one process",
         )
-    return Environment(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), "env")
+    return Environment(
+        int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), "env"
+    )
 
 
 def start(environment: Environment, timeout_minutes: float = 10.0) -> None:

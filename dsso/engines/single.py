@@ -44,14 +44,16 @@ class SingleEngine(EngineBase):
         self._micro = 0
         self._parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._masters = {
-            n: p if p.dtype == torch.float32 else p.detach().to(torch.float32).clone()
+            n: p if p.dtype in (torch.float32, torch.float64) else p.detach().to(torch.float32).clone()
             for n, p in self._parameters.items()
         }
         for p in self._parameters.values():
             if not p.is_contiguous():
                 p.data = p.data.contiguous()
         spans = [Span(n, 0, p.numel(), i, 0) for i, (n, p) in enumerate(self._parameters.items())]
-        optimizer.attach(list(self._masters.values()), spans, {n: p.numel() for n, p in self._parameters.items()})
+        optimizer.attach(
+            list(self._masters.values()), spans, {n: p.numel() for n, p in self._parameters.items()}
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass."""

@@ -8,8 +8,8 @@ Formulas, with F ~ A (x) G and the gradient matrix M_OI:
 - step            U = (G + l_G)^-1 M (A + l_A)^-1                          Martens & Grosse 2015, eq. 3 and 12
 - split           l_A = pi sqrt(l), l_G = sqrt(l) / pi,
                   pi^2 = (tr A / dim A) / (tr G / dim G)                   ibid., section 6.3
-- relative        l = c (tr A / dim A)(tr G / dim G), hence
-                  l_A = sqrt(c) tr A / dim A, l_G = sqrt(c) tr G / dim G
+- relative        l = c f with f = (tr A / dim A)(tr G / dim G) + floor,
+                  l_A = sqrt(c) tr A / dim A, l_G = l / l_A
 
 Nothing here synchronizes with the device: a failed factorization is reported as a tensor.
 """
@@ -45,29 +45,36 @@ def mean_eigenvalue(x_DD: Tensor) -> Tensor:
     return x_DD.diagonal().mean()
 
 
-def split_damping(mean_a: Tensor, mean_g: Tensor, damping: float, mode: DampingMode) -> Damping:
+def split_damping(
+    mean_a: Tensor, mean_g: Tensor, damping: float, mode: DampingMode, floor: Tensor | float = 0.0
+) -> Damping:
     """Damping of the two factors of one layer.
 
     Args:
         mean_a: mean eigenvalue of A, tr(A)/dim(A), scalar.
         mean_g: mean eigenvalue of G, scalar.
         damping: c for `relative` (dimensionless); lambda in units of the Fisher for the absolute modes.
-        mode: `relative`: lambda = c mean_a mean_g, split by pi. `absolute`: lambda itself, split by pi.
-            `absolute_each`: lambda added to A and to G alike, as in the poster's K-FAC and in public code.
+        mode: `relative`: lambda = c (mean_a mean_g + floor), split by pi as far as there is no floor.
+            `absolute`: lambda itself, split by pi. `absolute_each`: lambda added to A and to G alike, as in the
+            poster's K-FAC and in public code.
+        floor: for `relative`, the least curvature that a layer is credited with, in units of the Fisher. Without
+            it a layer whose gradient is rounding noise, or LoRA's first factor while the second is zero, would
+            take a step as long as 1/noise.
 
     Returns:
-        Scalars; where a factor is zero the pair is not usable and the values are 1, so that solves stay finite.
+        Scalars; where the inputs are zero, or nothing is known of the curvature, the pair is not usable and the
+        values are 1, so that solves stay finite.
 
     Source: Martens & Grosse 2015, section 6.3; relative form: scale-free, so it needs no knowledge of the loss.
     """
-    usable = (mean_a > TINY) & (mean_g > TINY) & torch.isfinite(mean_a) & torch.isfinite(mean_g)
+    curvature = mean_a * mean_g + floor if mode == "relative" else mean_a * mean_g
+    usable = (mean_a > TINY) & (curvature > 0) & torch.isfinite(mean_a) & torch.isfinite(curvature)
     one = torch.ones_like(mean_a)
     a = torch.where(usable, mean_a, one)
-    g = torch.where(usable, mean_g, one)
     if mode == "relative":
-        lambda_a, lambda_g = damping**0.5 * a, damping**0.5 * g
+        lambda_a, lambda_g = damping**0.5 * a, damping**0.5 * torch.where(usable, curvature, one) / a
     elif mode == "absolute":
-        pi = torch.sqrt(a / g)
+        pi = torch.sqrt(a / torch.where(usable, mean_g, one))
         lambda_a, lambda_g = pi * damping**0.5, damping**0.5 / pi
     else:
         lambda_a, lambda_g = one * damping, one * damping
@@ -120,7 +127,8 @@ def packed_size(dim: int) -> int:
 @lru_cache(maxsize=64)
 def _triangle(dim: int, device: torch.device) -> Tensor:
     rows, cols = torch.triu_indices(dim, dim, device=device)
-    return rows * dim + cols
+    flat: Tensor = rows * dim + cols
+    return flat
 
 
 def pack(x_DD: Tensor) -> Tensor:

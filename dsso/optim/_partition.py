@@ -118,7 +118,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         replicated = all(sum(s.numel for s in spans_) == sum(sizes.values()) for spans_ in table.ranks)
         self._rest_weight = 1.0 / world if replicated else 1.0
         self._pieces = self._merge(table.ranks[me])
-        device = self._buffers[0].device if self._buffers else torch.device("cpu")
+        device = self._buffers[0].device
         self._scale = torch.ones((), device=device)
         self._clip_events = torch.zeros((), device=device)
         self._allocate()
@@ -129,7 +129,12 @@ class PartitionOptimizer(torch.optim.Optimizer):
         for span in sorted((s for s in spans if s.numel), key=lambda s: (s.buffer, s.offset)):
             rule = self.rules[span.name]
             last = pieces[-1] if pieces else None
-            if last and last.rule == rule and last.buffer == span.buffer and last.offset + last.numel == span.offset:
+            if (
+                last
+                and last.rule == rule
+                and last.buffer == span.buffer
+                and last.offset + last.numel == span.offset
+            ):
                 last.numel += span.numel
             else:
                 pieces.append(_Piece(rule, span.buffer, span.offset, span.numel))
@@ -186,18 +191,22 @@ class PartitionOptimizer(torch.optim.Optimizer):
             RuntimeError: when `attach` was not called, or with a closure.
         """
         if closure is not None:
-            raise RuntimeError("this optimizer takes no closure: it needs gradients that the engine has averaged")
+            raise RuntimeError(
+                "this optimizer takes no closure: it needs gradients that the engine has averaged"
+            )
         if self.dry_run:
             return
         if not self._buffers:
-            raise RuntimeError("the optimizer is not attached to an engine: call attach() or dsso.initialize()")
+            raise RuntimeError(
+                "the optimizer is not attached to an engine: call attach() or dsso.initialize()"
+            )
         self._read_outcome()
         gradients = self._gradients()
         lr = float(self.param_groups[0]["lr"])
         updates: dict[str, Tensor] = {}
         owned: dict[str, Tensor] = {}
         device = gradients[0].device
-        waiting = torch.zeros((), device=device)
+        waiting = gradients[0].new_zeros(())
         lost = torch.zeros((), dtype=torch.bool, device=device)
         if self.method is not None:
             owned = self._exchange.gather(gradients) if self._exchange else {}
@@ -229,8 +238,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         waiting: Tensor,
     ) -> StepNorms:
         """The global scalars of the step, in one all-reduce."""
-        device = gradients[0].device
-        zero = torch.zeros((), device=device)
+        zero = gradients[0].new_zeros(())
         uu, ug, gg = zero, zero, zero
         if owned:
             u = torch.cat([updates[name] for name in owned])
@@ -241,10 +249,10 @@ class PartitionOptimizer(torch.optim.Optimizer):
             rest = torch.nn.utils.get_total_norm(views).square().to(zero.dtype) * self._rest_weight
             uu, ug, gg = uu + rest, ug + rest, gg + rest
         # Infinity minus infinity must not hide: the flag is summed as a number of its own.
-        bad = (lost | ~torch.isfinite(uu + gg + ug)).to(torch.float32)
+        bad = (lost | ~torch.isfinite(uu + gg + ug)).to(zero.dtype)
         total = collectives.all_sum(torch.stack([uu, ug, gg, bad, waiting]))
         flag = (total[3] > 0) | ~torch.isfinite(total[0] + total[2])
-        self._outcome.push(torch.stack([flag.to(torch.float32), total[4]]))
+        self._outcome.push(torch.stack([flag.to(zero.dtype), total[4]]))
         return StepNorms(total[0], total[1], total[2], flag)
 
     def _finish(self, gradients: list[Tensor], updates: Mapping[str, Tensor], lr: float) -> None:
@@ -274,7 +282,11 @@ class PartitionOptimizer(torch.optim.Optimizer):
             states = [self.state[self._buffers[p.buffer]] for p in pieces]
             rate = lr * rule.lr_ratio
             if rule.name == "sgd":
-                momenta = [self._view(s["exp_avg"], p) for s, p in zip(states, pieces, strict=True)] if rule.momentum else updates
+                momenta = (
+                    [self._view(s["exp_avg"], p) for s, p in zip(states, pieces, strict=True)]
+                    if rule.momentum
+                    else updates
+                )
                 apply_sgd(rule, parameters, updates, momenta, rate, bad)
             else:
                 first = [self._view(s["exp_avg"], p) for s, p in zip(states, pieces, strict=True)]
@@ -308,10 +320,21 @@ class PartitionOptimizer(torch.optim.Optimizer):
             return {}
         norms = self._norms
         figures = torch.stack(
-            [norms.uu.sqrt(), norms.gg.sqrt(), cosine(norms), self._scale, self._clip_events, norms.bad.to(norms.uu.dtype)]
+            [
+                norms.uu.sqrt(),
+                norms.gg.sqrt(),
+                cosine(norms),
+                self._scale,
+                self._clip_events,
+                norms.bad.to(norms.uu.dtype),
+            ]
         ).tolist()
         out = dict(
-            zip(("update_norm", "grad_norm", "cos_update_grad", "clip_scale", "clip_events"), figures[:5], strict=True)
+            zip(
+                ("update_norm", "grad_norm", "cos_update_grad", "clip_scale", "clip_events"),
+                figures[:5],
+                strict=True,
+            )
         )
         bad = figures[5] > 0
         out["skipped_steps"] = float(self.skipped + bad)
@@ -324,7 +347,10 @@ class PartitionOptimizer(torch.optim.Optimizer):
     def state_bytes(self) -> int:
         """Bytes of moments, and of the method's state, on this rank."""
         own = sum(
-            t.numel() * t.element_size() for s in self.state.values() for t in s.values() if isinstance(t, Tensor)
+            t.numel() * t.element_size()
+            for s in self.state.values()
+            for t in s.values()
+            if isinstance(t, Tensor)
         )
         return own + (self.method.state_bytes() if self.method is not None else 0)
 

@@ -39,15 +39,17 @@ class Rule:
 def apply_sgd(
     rule: Rule, parameters: list[Tensor], updates: list[Tensor], momenta: list[Tensor], lr: float, bad: Tensor
 ) -> None:
-    """p <- (1 - lr wd) p - lr m with m <- momentum m + u, in place; nothing where `bad`.
+    """P <- (1 - lr wd) p - lr m with m <- momentum m + u, in place; nothing where `bad`.
 
     Args:
         rule: its constants.
-        parameters, updates, momenta: pieces of one shape each; the updates are overwritten.
+        parameters: pieces of them.
+        updates: of the same shapes; overwritten.
+        momenta: of the same shapes.
         lr: learning rate of the step.
         bad: boolean scalar tensor.
     """
-    keep = (~bad).to(torch.float32)
+    keep = (~bad).to(parameters[0].dtype)
     for p, u, m in zip(parameters, updates, momenta, strict=True):
         # NaN times zero is NaN: a dropped update has to be replaced, not multiplied.
         u.masked_fill_(bad, 0.0)
@@ -72,7 +74,8 @@ def apply_adamw(
 
     Args:
         rule: its constants.
-        parameters, updates: pieces of one shape each.
+        parameters: pieces of them.
+        updates: of the same shapes.
         moments: first and second moments of the pieces.
         steps: number of steps taken, one scalar tensor a piece.
         lr: learning rate of the step.

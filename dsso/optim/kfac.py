@@ -46,6 +46,9 @@ _JITTERS = (1e-6, 1e-4, 1e-2)
 """Relative jitter of the attempts, in fp64, after a factorization failed."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class BaseConfig(StrictModel):
     """The base method, for parameters that K-FAC does not take."""
 
@@ -55,7 +58,7 @@ class BaseConfig(StrictModel):
     """Peak learning rate of the remaining parameters; null: that of K-FAC. Both follow one schedule."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD: m <- momentum m + u."""
-    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """AdamW: decay of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """AdamW: added to the root of the second moment."""
@@ -78,6 +81,8 @@ class Config(StrictModel):
     """`relative`: lambda over the product of the factors' mean eigenvalues; `absolute`: lambda itself. A schedule."""
     damping_mode: DampingMode = "relative"
     """`relative`: scale-free, split by pi. `absolute`: lambda split by pi. `absolute_each`: lambda on both factors."""
+    damping_floor: float = Field(default=1e-3, ge=0)
+    """`relative`: share of the model's mean curvature that every layer is credited with at least."""
     factor_interval: Interval = Interval(((0, 1), (20, 10)))
     """Steps between two measurements of A and G, with early repeats; null in a segment: never again."""
     inverse_interval: Interval = Interval(((0, 1), (20, 100)))
@@ -96,10 +101,14 @@ class Config(StrictModel):
     """Bound on lr^2 <u, g>, on top of the clip; null: none."""
     max_side: int = Field(default=16384, ge=1)
     """Layers with a wider side go to the base method."""
-    exclude: list[str] = []
+    exclude: list[str] = Field(default_factory=list)
     """Regular expressions on module paths: these layers go to the base method."""
     base: BaseConfig = BaseConfig()
     """The base method."""
+
+
+_Sums = tuple[Tensor, Tensor, Tensor | None, Tensor]
+"""Sum for A and its count, sum for G and its count."""
 
 
 @dataclass
@@ -132,7 +141,9 @@ class Method(GradientMethod):
         RecipeError: when the model has no layer for K-FAC, or a pattern of `exclude` is none.
     """
 
-    def __init__(self, config: Config, model: nn.Module, device: torch.device, rank: int, world_size: int) -> None:
+    def __init__(
+        self, config: Config, model: nn.Module, device: torch.device, rank: int, world_size: int
+    ) -> None:
         self.config = config
         self.rank = rank
         split = split_parameters(model, config.exclude, config.max_side)
@@ -148,8 +159,13 @@ class Method(GradientMethod):
         self.rest = split.rest
         self.layers = split.layers
         self.placement: Placement = assign([self._dims(layer) for layer in self.layers], world_size)
-        self.owners = {name: self.placement.owner[layer.name] for layer in self.layers for name in layer.parameters}
-        self.capture = Capture(model, self.layers, config.approximation, measure_g=config.fisher != "forward_only")
+        self.owners = {
+            name: self.placement.owner[layer.name] for layer in self.layers for name in layer.parameters
+        }
+        doubles = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
+        self._dtype = torch.float64 if doubles else torch.float32
+        measured = config.fisher != "forward_only"
+        self.capture = Capture(model, self.layers, config.approximation, measured, self._dtype)
         self.capture.take_g = config.fisher == "empirical"
         self._device = device
         self._blocks = {
@@ -163,6 +179,7 @@ class Method(GradientMethod):
         self._refreshed_at: int | None = None
         self._steps = 0
         self._retry = False
+        self._floor = torch.zeros((), dtype=self._dtype, device=device)
         self._matrices = {n for n, p in model.named_parameters() if p.requires_grad and p.dim() > 1}
 
     def rules(self) -> dict[str, Rule]:
@@ -187,19 +204,21 @@ class Method(GradientMethod):
         return rules
 
     def _dims(self, layer: KroneckerLayer) -> LayerDims:
-        return LayerDims(layer.name, layer.side_a, 0 if self.config.fisher == "forward_only" else layer.outputs)
+        return LayerDims(
+            layer.name, layer.side_a, 0 if self.config.fisher == "forward_only" else layer.outputs
+        )
 
     def _new_block(self, layer: KroneckerLayer) -> _Block:
         measured = self.config.fisher != "forward_only"
         side_g = layer.outputs
         return _Block(
             layer=layer,
-            a_II=torch.zeros(layer.side_a, layer.side_a, device=self._device),
-            a_weight=torch.zeros((), device=self._device),
-            g_OO=torch.zeros(side_g, side_g, device=self._device) if measured else None,
-            g_weight=torch.zeros((), device=self._device),
-            chol_a_II=torch.eye(layer.side_a, device=self._device),
-            chol_g_OO=torch.eye(side_g, device=self._device) if measured else None,
+            a_II=torch.zeros(layer.side_a, layer.side_a, dtype=self._dtype, device=self._device),
+            a_weight=torch.zeros((), dtype=self._dtype, device=self._device),
+            g_OO=torch.zeros(side_g, side_g, dtype=self._dtype, device=self._device) if measured else None,
+            g_weight=torch.zeros((), dtype=self._dtype, device=self._device),
+            chol_a_II=torch.eye(layer.side_a, dtype=self._dtype, device=self._device),
+            chol_g_OO=torch.eye(side_g, dtype=self._dtype, device=self._device) if measured else None,
             ready=torch.zeros((), dtype=torch.bool, device=self._device),
         )
 
@@ -260,15 +279,9 @@ class Method(GradientMethod):
 
     def _average(self, bad: Tensor) -> None:
         """S <- beta S + sum and N <- beta N + count at the owners, in place; nothing where `bad`."""
-        mine = [block for block in self._blocks.values()]
-        if collectives.is_distributed():
-            sums = self._reduced_sums()
-        else:
-            sums = [self.capture.sums(index) for index in self._blocks]  # type: ignore[misc]
-            terms = torch.as_tensor(self.capture.terms, dtype=torch.float32, device=self._device)
-            sums = [None if s is None else (s.a_II, s.a_count, s.g_OO, terms) for s in sums]  # type: ignore[union-attr]
+        sums = self._reduced_sums() if collectives.is_distributed() else self._own_sums()
         decay = self.config.ema_decay
-        for block, found in zip(mine, sums, strict=True):
+        for block, found in zip(self._blocks.values(), sums, strict=True):
             if found is None:
                 continue
             a_II, a_count, g_OO, terms = found
@@ -281,9 +294,15 @@ class Method(GradientMethod):
                 block.g_OO.mul_(keep).add_(g_OO.masked_fill_(drop, 0.0))
                 block.g_weight.mul_(keep).add_(terms.masked_fill(drop, 0.0))
 
-    def _reduced_sums(self) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor]]:
+    def _own_sums(self) -> list[_Sums | None]:
+        """The window's sums and counts, in a single process; None for a layer that was not used."""
+        terms = torch.as_tensor(self.capture.terms, dtype=self._dtype, device=self._device)
+        found = [self.capture.sums(index) for index in self._blocks]
+        return [None if s is None else (s.a_II, s.a_count, s.g_OO, terms) for s in found]
+
+    def _reduced_sums(self) -> list[_Sums | None]:
         """The window's sums and counts of the layers that this rank owns, summed over all ranks."""
-        terms = torch.as_tensor(self.capture.terms, dtype=torch.float32, device=self._device).reshape(1)
+        terms = torch.as_tensor(self.capture.terms, dtype=self._dtype, device=self._device).reshape(1)
         pieces: list[Tensor | None] = []
         sizes = []
         for owner in range(self.placement.world_size):
@@ -295,7 +314,7 @@ class Method(GradientMethod):
             pieces.append(torch.cat(parts))
             sizes.append(pieces[-1].numel())  # type: ignore[union-attr]
         got = collectives.reduce_to_owners(pieces, sizes, terms)
-        out: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []
+        out: list[_Sums | None] = []
         at = 0
 
         def take(count: int) -> Tensor:
@@ -317,7 +336,7 @@ class Method(GradientMethod):
         measured = self.config.fisher != "forward_only"
         if sums is None:
             size = kron.packed_size(layer.side_a) + 1 + (kron.packed_size(layer.outputs) if measured else 0)
-            return [torch.zeros(size, device=self._device)]
+            return [torch.zeros(size, dtype=self._dtype, device=self._device)]
         parts = [kron.pack(sums.a_II), sums.a_count.reshape(1)]
         if sums.g_OO is not None:
             parts.append(kron.pack(sums.g_OO))
@@ -329,9 +348,20 @@ class Method(GradientMethod):
         """Factorize all owned layers with the damping of this step."""
         self._damping = value(self.config.damping, step)
         self._refreshed_at = step
-        flags = [self._factorize(block, torch.float32, 0.0) for block in self._blocks.values()]
+        self._floor = self.config.damping_floor * self._mean_curvature()
+        flags = [self._factorize(block, self._dtype, 0.0) for block in self._blocks.values()]
         if flags:
             self._failed.push(torch.stack(flags).to(torch.float32))
+
+    def _mean_curvature(self) -> Tensor:
+        """Mean over all layers of the product of their factors' mean eigenvalues; collective."""
+        total = torch.zeros(1, dtype=self._dtype, device=self._device)
+        for block in self._blocks.values():
+            means = [kron.mean_eigenvalue(block.a_II) / block.a_weight.clamp_min(kron.TINY)]
+            if block.g_OO is not None:
+                means.append(kron.mean_eigenvalue(block.g_OO) / block.g_weight.clamp_min(kron.TINY))
+            total += torch.stack(means).prod()
+        return collectives.all_sum(total)[0] / len(self.layers)
 
     def _factorize(self, block: _Block, dtype: torch.dtype, jitter: float) -> Tensor:
         """Factorize one layer; the last good factors stay where it fails.
@@ -346,22 +376,19 @@ class Method(GradientMethod):
         else:
             g_OO = block.g_OO.to(dtype) / block.g_weight.clamp_min(kron.TINY)
             mean_g = kron.mean_eigenvalue(g_OO)
-        damping = kron.split_damping(mean_a, mean_g, self._damping, self._mode)
+        floor = self._floor.to(dtype)
+        damping = kron.split_damping(mean_a, mean_g, self._damping, self.config.damping_mode, floor)
         chol_a_II, failed = kron.cholesky(a_II, damping.lambda_a, jitter)
         chol_g_OO = None
         if g_OO is not None:
             chol_g_OO, failed_g = kron.cholesky(g_OO, damping.lambda_g, jitter)
             failed = failed | failed_g
         take = damping.usable & ~failed
-        block.chol_a_II = torch.where(take, chol_a_II.to(torch.float32), block.chol_a_II)
+        block.chol_a_II = torch.where(take, chol_a_II.to(self._dtype), block.chol_a_II)
         if chol_g_OO is not None and block.chol_g_OO is not None:
-            block.chol_g_OO = torch.where(take, chol_g_OO.to(torch.float32), block.chol_g_OO)
+            block.chol_g_OO = torch.where(take, chol_g_OO.to(self._dtype), block.chol_g_OO)
         block.ready = block.ready | take
         return damping.usable & failed
-
-    @property
-    def _mode(self) -> DampingMode:
-        return self.config.damping_mode
 
     def _retry_failed(self) -> None:
         """Factorize again, in fp64 and with jitter, what failed a step ago."""
@@ -390,13 +417,13 @@ class Method(GradientMethod):
     def precondition(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """U = G^-1 M A^-1 for the owned layers; zero for a layer without usable factors."""
         updates: dict[str, Tensor] = {}
-        waiting = torch.zeros((), device=self._device)
+        waiting = torch.zeros((), dtype=self._dtype, device=self._device)
         for block in self._blocks.values():
             layer = block.layer
             m_OI = self._as_matrix(layer, gradients)
             u_OI = kron.solve(m_OI, block.chol_g_OO, block.chol_a_II)
             u_OI = torch.where(block.ready, u_OI, torch.zeros_like(u_OI))
-            waiting = waiting + (~block.ready & (m_OI != 0).any()).to(torch.float32)
+            waiting = waiting + (~block.ready & (m_OI != 0).any()).to(self._dtype)
             w_OI = u_OI[:, : layer.inputs]
             updates[layer.weight] = (w_OI.mT if layer.transposed else w_OI).reshape(-1)
             if layer.bias is not None:
@@ -422,7 +449,9 @@ class Method(GradientMethod):
         ready = [block.ready for block in self._blocks.values()]
         return {
             "damping": self._damping,
-            "factor_age": float(self._steps - 1 - self._refreshed_at) if self._refreshed_at is not None else -1.0,
+            "factor_age": float(self._steps - 1 - self._refreshed_at)
+            if self._refreshed_at is not None
+            else -1.0,
             "factor_failures": float(self._failures),
             "layers_without_factors": float((~torch.stack(ready)).sum().item()) if ready else 0.0,
         }
@@ -447,11 +476,18 @@ class Method(GradientMethod):
         """Take over the owned layers' state; the refresh age comes with `load_counters`."""
         for key, mine in self.state_tensors().items():
             if key not in tensors:
-                raise RunError("the checkpoint lacks state of K-FAC", where=key, remedy="was it written by another model?")
+                raise RunError(
+                    "the checkpoint lacks state of K-FAC",
+                    where=key,
+                    remedy="was it written by another model?",
+                )
             found = tensors[key]
             if found.shape != mine.shape:
                 raise RunError(
-                    "the checkpoint's state has another shape", where=key, got=tuple(found.shape), allowed=str(tuple(mine.shape))
+                    "the checkpoint's state has another shape",
+                    where=key,
+                    got=tuple(found.shape),
+                    allowed=str(tuple(mine.shape)),
                 )
             mine.copy_(found)
 
@@ -462,7 +498,9 @@ class Method(GradientMethod):
             "damping": self._damping,
             "steps": self._steps,
             "retries": {b.layer.name: b.attempt for b in self._blocks.values() if b.attempt},
-            "failed": dict(zip((b.layer.name for b in self._blocks.values()), self._failed.peek() or [], strict=False)),
+            "failed": dict(
+                zip((b.layer.name for b in self._blocks.values()), self._failed.peek() or [], strict=False)
+            ),
         }
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:

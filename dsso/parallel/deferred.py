@@ -23,7 +23,7 @@ class Deferred:
         if values.device.type == "cuda":
             self._box = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._box.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
         else:
             self._box, self._event = values.detach().clone(), None

@@ -59,7 +59,9 @@ class SpanTable:
             ValueError: naming the parameter and the first element that nobody holds.
         """
         for name, size in self.sizes.items():
-            pieces = sorted((s.start, s.start + s.numel) for spans in self.ranks for s in spans if s.name == name)
+            pieces = sorted(
+                (s.start, s.start + s.numel) for spans in self.ranks for s in spans if s.name == name
+            )
             reached = 0
             for start, end in pieces:
                 if start > reached:
@@ -126,10 +128,12 @@ class FragmentExchange:
         # Owner side: what each holder sends me, and what I send back to each holder.
         held = [[s for s in spans if s.name in owners and s.numel] for spans in table.ranks]
         self._received = [
-            [self._copy(s) for n in self.owned for r, s in covers[n] if r == holder] for holder in range(world)
+            [self._copy(s) for n in self.owned for r, s in covers[n] if r == holder]
+            for holder in range(world)
         ]
         self._answered = [
-            [self._copy(s) for n in self.owned for s in held[holder] if s.name == n] for holder in range(world)
+            [self._copy(s) for n in self.owned for s in held[holder] if s.name == n]
+            for holder in range(world)
         ]
 
     @staticmethod
@@ -145,7 +149,9 @@ class FragmentExchange:
         Returns:
             Name to 1-D tensor; the tensors are views of one buffer.
         """
-        send = _join([buffers[c.buffer].narrow(0, c.offset, c.numel) for row in self._sent for c in row], buffers)
+        send = _join(
+            [buffers[c.buffer].narrow(0, c.offset, c.numel) for row in self._sent for c in row], buffers
+        )
         got = collectives.all_to_all(send, _totals(self._sent), _totals(self._received))
         whole = got.new_empty(sum(self.sizes[name] for name in self.owned))
         views: dict[str, Tensor] = {}
@@ -167,7 +173,9 @@ class FragmentExchange:
             values: name to flattened tensor, for every parameter that this rank owns.
             buffers: this rank's flat buffers; every replica of a piece is written.
         """
-        send = _join([values[c.name].narrow(0, c.start, c.numel) for row in self._answered for c in row], buffers)
+        send = _join(
+            [values[c.name].narrow(0, c.start, c.numel) for row in self._answered for c in row], buffers
+        )
         got = collectives.all_to_all(send, _totals(self._answered), _totals(self._returned))
         at = 0
         for row in self._returned:

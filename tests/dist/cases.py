@@ -1,0 +1,207 @@
+"""The cases of the invariance table, and running one of them on any engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsso import tasks
+from dsso.config import ModelConfig, PeftConfig, TaskConfig
+from dsso.engines import make_optimizer
+from dsso.engines.deepspeed import DeepSpeedEngine
+from dsso.engines.single import SingleEngine
+from dsso.optim.kfac import BaseConfig, Config
+
+STEPS = 5
+GLOBAL_BATCH = 16
+# name: (model, parameter-efficient tuning, head)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5-lora": ("tiny-t5", {"type": "lora", "r": 4, "alpha": 8.0}),
+    "roberta-full": ("tiny-roberta", {"type": "none"}),
+    "llama-full": ("tiny-llama", {"type": "none"}),
+    "bert-adapter": ("tiny-bert", {"type": "adapter", "bottleneck": 8}),
+}
+CHECKPOINTING = ("none", "reentrant", "non_reentrant")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the table."""
+
+    model: str
+    stage: int
+    world_size: int
+    gas: int
+    checkpointing: str
+    padded: bool
+    dtype: str = "float32"
+    fisher: str = "empirical"
+
+    @property
+    def reference(self) -> tuple[str, bool, str]:
+        """What the single-process reference depends on."""
+        return (self.model, self.padded, self.fisher)
+
+    def __str__(self) -> str:
+        fill = "padded" if self.padded else "full"
+        return (
+            f"{self.model:13s} zero-{self.stage} W={self.world_size} gas={self.gas} {self.checkpointing:13s} {fill:6s}"
+            f" {self.dtype} {self.fisher}"
+        )
+
+
+def all_cases(world_size: int) -> Iterator[Case]:
+    """The whole matrix at 1 and 2 ranks; at 4 and 8 a slice of it, all stages and models."""
+    if world_size <= 2:
+        axes = itertools.product(MODELS, range(4), (1, 4), CHECKPOINTING, (True, False))
+    else:
+        gas = (1, 4) if world_size == 4 else (1, 2)
+        axes = itertools.product(MODELS, range(4), gas, ("none",), (True,))
+    for model, stage, steps, checkpointing, padded in axes:
+        yield Case(model, stage, world_size, steps, checkpointing, padded)
+
+
+def few_cases(world_size: int) -> Iterator[Case]:
+    """A slice for every day: each value of each axis at least once."""
+    for index, (model, stage) in enumerate(itertools.product(MODELS, range(4))):
+        # Latin square over the other axes.
+        turn = index + index // 4
+        yield Case(model, stage, world_size, (1, 4)[turn % 2], CHECKPOINTING[turn % 3], turn % 4 < 2)
+    for stage in range(4):
+        yield Case("bert-adapter", stage, world_size, 1, "none", True, fisher="sampled")
+
+
+@lru_cache(maxsize=32)
+def _task(model: str, padded: bool) -> tuple[Any, TaskConfig]:
+    del model
+    config = TaskConfig(max_length=84 if padded else 56, train_examples=64, eval_examples=16)
+    return tasks.load_task(config, 0), config
+
+
+def build(case: Case, checkpointing: str) -> tuple[Any, Any]:
+    """Model and data of a case; the weights depend on the model alone."""
+    name, peft = MODELS[case.model]
+    task, config = _task(case.model, case.padded)
+    model_config = ModelConfig(
+        name=name, init="random", dropout=0.0, attention="eager", gradient_checkpointing=checkpointing
+    )
+    bundle = tasks.models.load(model_config, task, config)
+    bundle = tasks.adapters.apply(bundle, PeftConfig(**peft))
+    _leave_zero(bundle.model)
+    return bundle, tasks.prepare(task, bundle, config)
+
+
+def _leave_zero(model: torch.nn.Module) -> None:
+    """Start from a generic point: a parameter that starts at zero is nothing but its updates, and there is no
+    scale to compare their rounding errors with."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.02, generator=generator)
+
+
+def kfac_config(fisher: str = "empirical") -> Config:
+    """Settings under which a step has clipping, momentum, decay and averages to get wrong."""
+    return Config(
+        lr=0.02,
+        momentum=0.9,
+        weight_decay=0.01,
+        damping=0.1,
+        factor_interval=[[0, 1], [3, 2]],
+        inverse_interval=[[0, 1], [3, 2]],
+        fisher=fisher,
+        clip="post",
+        tau=1.0,
+        base=BaseConfig(type="SGD", lr=0.01),
+    )
+
+
+def train(engine: Any, data: Any, case: Case, rank: int, world_size: int, gas: int) -> dict[str, Tensor]:
+    """Five steps on the global batches of the task; full trainable parameters on rank 0."""
+    from dsso.curvature.labels import sample_labels
+    from dsso.tasks.evaluate import per_term_losses
+
+    engine.train()
+    for step in range(STEPS):
+        indices = tasks.data.global_batch(len(data.train), GLOBAL_BATCH, 0, step)
+        terms = sum(data.terms(i) for i in indices) / (world_size * gas)
+        for part in tasks.data.micro_batches(indices, rank, world_size, gas):
+            batch = data.collate([data.train[i] for i in part], part)
+            loss = data.loss_sum(engine(**batch.inputs), batch) / terms
+            engine.backward(loss, terms=terms)
+            if engine.wants_sampled_pass():
+
+                def forward(batch: Any = batch, step: int = step, terms: float = terms) -> Tensor:
+                    logits, _ = data.logits(engine(**batch.inputs), batch)
+                    ids = batch.example_ids
+                    drawn = sample_labels(logits, data.loss_kind, 0, step, ids, torch.zeros_like(ids))
+                    return per_term_losses(data.loss_kind, logits, drawn).sum() / terms
+
+                engine.sampled_pass(forward)
+            engine.step()
+    return dict(engine.gathered_state_dict())
+
+
+def reference(case: Case) -> dict[str, Tensor]:
+    """One process, the whole batch at once, no checkpointing."""
+    bundle, data = build(case, "none")
+    optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case.fisher), torch.device("cpu"))
+    engine = SingleEngine(bundle.model, optimizer, torch.device("cpu"), 1, GLOBAL_BATCH)
+    try:
+        return train(engine, data, case, 0, 1, 1)
+    finally:
+        engine.close()
+
+
+def sharded(case: Case, rank: int) -> dict[str, Tensor]:
+    """The same under DeepSpeed, on this rank of the running process group."""
+    bundle, data = build(case, case.checkpointing)
+    optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case.fisher), torch.device("cpu"))
+    micro = GLOBAL_BATCH // case.world_size // case.gas
+    ds_config = {
+        "train_batch_size": GLOBAL_BATCH,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": case.gas,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        # Small buckets cut parameters between ranks and reductions; small persistent parameters are cut as well.
+        "zero_optimization": {
+            "stage": case.stage,
+            "sub_group_size": 10**12,
+            "reduce_bucket_size": 20000,
+            "allgather_bucket_size": 20000,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "steps_per_print": 10**9,
+    }
+    if case.dtype == "bfloat16":
+        ds_config["bf16"] = {"enabled": True}
+    engine = DeepSpeedEngine(bundle.model, optimizer, torch.device("cpu"), ds_config)
+    try:
+        return train(engine, data, case, rank, case.world_size, case.gas)
+    finally:
+        engine.close()
+
+
+def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest relative difference over the layers, and where it is.
+
+    The scale is the largest element of the layer, weight and bias together, as K-FAC steps them together.
+    """
+    scales: dict[str, float] = {}
+    for name, value in wanted.items():
+        layer = name.rpartition(".")[0]
+        scales[layer] = max(scales.get(layer, 1e-12), value.abs().max().item())
+    worst, where = 0.0, ""
+    for name, value in wanted.items():
+        error = (found[name].float() - value.float()).abs().max().item() / scales[name.rpartition(".")[0]]
+        if not error <= worst:
+            worst, where = error, name
+    return worst, where

@@ -1,0 +1,86 @@
+"""Law L1 as a table: five K-FAC steps in every cell, against a single process on the whole batch.
+
+    python tests/dist/invariance.py            # the whole matrix
+    python tests/dist/invariance.py --few      # a slice of it
+    python tests/dist/invariance.py --ranks 2  # one number of ranks only
+
+The last line is `worst <number>`: the largest relative difference of a parameter in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import cases  # noqa: E402
+
+
+def run(
+    chosen: Sequence[cases.Case], world_size: int, folder: Path, timeout: float = 3000.0
+) -> list[dict[str, object]]:
+    """Run cases of one number of ranks in one process group; lines as `worker.py` writes them."""
+    references = {}
+    for case in chosen:
+        if case.reference not in references:
+            references[case.reference] = cases.reference(case)
+    source, wanted, out = folder / "cases", folder / "references", folder / f"out_{world_size}.jsonl"
+    source.write_bytes(pickle.dumps(list(chosen)))
+    wanted.write_bytes(pickle.dumps(references))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={world_size}",
+    ]
+    command += [str(HERE / "worker.py"), str(source), str(wanted), str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        start_new_session=True,
+    )
+    if done.returncode:
+        sys.stderr.write(out.read_text() if out.exists() else "no case ended\n")
+        sys.stderr.write(done.stdout[-4000:] + done.stderr[-8000:])
+        raise RuntimeError(f"the workers ended with status {done.returncode}")
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--few", action="store_true", help="a slice of the matrix")
+    parser.add_argument("--only", default="", help="cases whose line contains this")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8], help="numbers of ranks")
+    arguments = parser.parse_args()
+    worst = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for world_size in arguments.ranks:
+            chosen = list(cases.few_cases(world_size) if arguments.few else cases.all_cases(world_size))
+            chosen = [case for case in chosen if arguments.only in str(case)]
+            for line in run(chosen, world_size, Path(folder)):
+                print(f"{line['case']}  {line['worst']:.2e}  {line['where']}", flush=True)
+                worst = max(worst, float(line["worst"]))
+    print(f"worst {worst:.3e}")
+
+
+if __name__ == "__main__":
+    main()
