@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-
 import pytest
 
 from dsso import tasks
@@ -77,25 +74,17 @@ def test_builtin_has_few_duplicates_and_no_leak_into_the_validation_set():
     assert not set(pairs["train"]) & set(pairs["validation"])
 
 
-def test_builtin_needs_both_sentences():
-    """The words of the second sentence alone tell something, but far from everything."""
-    public = builtin.generate(0)
-    counts = {label: Counter() for label in (0, 1)}
-    totals = Counter(example.label for example in public["train"])
-    for example in public["train"]:
-        counts[example.label].update(
-            set(example.texts["sentence2"].lower().replace("!", " !").strip(".").split())
-        )
+def test_the_hints_of_builtin_tell_something_but_far_from_everything():
+    validation = builtin.generate(0)["validation"]
 
-    def guess(example):
-        words = set(example.texts["sentence2"].lower().replace("!", " !").strip(".").split())
-        odds = math.log(totals[1] / totals[0])
-        for word in words:
-            odds += math.log((counts[1][word] + 1) / (totals[1] + 2))
-            odds -= math.log((counts[0][word] + 1) / (totals[0] + 2))
-        return int(odds > 0)
+    def accuracy(looks_same):
+        right = [int(looks_same(example.texts["sentence2"])) == example.label for example in validation]
+        return sum(right) / len(right)
 
-    right = sum(guess(example) == example.label for example in public["validation"])
-    share = right / len(public["validation"])
-    majority = Counter(example.label for example in public["validation"]).most_common(1)[0][1]
-    assert majority / len(public["validation"]) + 0.05 < share < 0.85
+    def not_denied(text):
+        return not (" never " in text or " not " in text) or "not fail" in text
+
+    majority = accuracy(lambda text: True)
+    assert 0.5 < majority < 0.62
+    assert majority + 0.05 < accuracy(lambda text: not text.endswith("!")) < 0.8
+    assert majority + 0.1 < accuracy(not_denied) < 0.85
