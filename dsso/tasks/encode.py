@@ -40,8 +40,38 @@ class Coder(Protocol):
         """Number of loss terms of an example."""
 
 
+def cut(
+    texts: Mapping[str, str], names: Sequence[str], budget: int, count: Callable[[Mapping[str, str]], int]
+) -> dict[str, str]:
+    """Cut the end of the longest text, again and again, until there are at most `budget` tokens.
+
+    Args:
+        texts: texts by name.
+        names: texts that may be cut.
+        budget: most tokens, special ones included.
+        count: number of tokens that the texts make together.
+
+    Raises:
+        RecipeError: even with empty texts there are too many.
+    """
+    texts = dict(texts)
+    while (length := count(texts)) > budget:
+        longest = max(names, key=lambda name: len(texts[name]))
+        size = len(texts[longest])
+        if size == 0:
+            raise RecipeError(
+                "the prompt alone is longer than the limit",
+                where="dsso.task.max_length",
+                got=budget,
+                remedy=f"allow at least {length} tokens, or shorten dsso.task.prompt",
+            )
+        # characters per token differ between texts: cut in proportion, at least one, and count again
+        texts[longest] = texts[longest][: min(size - 1, size * budget // length)].rstrip()
+    return texts
+
+
 def fit(template: Template, texts: Mapping[str, str], budget: int, count: Callable[[str], int]) -> str:
-    """Fill a template, cutting the end of its longest text until the prompt has at most `budget` tokens.
+    """Fill a template with at most `budget` tokens.
 
     The template's own words and the shorter texts stay whole: a question behind a long passage is not lost.
 
@@ -54,23 +84,8 @@ def fit(template: Template, texts: Mapping[str, str], budget: int, count: Callab
     Raises:
         RecipeError: even with empty texts the prompt is too long.
     """
-    texts = dict(texts)
-    prompt = template.fill(texts)
     names = [name for name in dict.fromkeys(template.names) if name != MASK]
-    while (length := count(prompt)) > budget:
-        longest = max(names, key=lambda name: len(texts[name]))
-        size = len(texts[longest])
-        if size == 0:
-            raise RecipeError(
-                "the prompt alone is longer than the limit",
-                where="dsso.task.max_length",
-                got=budget,
-                remedy=f"allow at least {length} tokens, or shorten dsso.task.prompt",
-            )
-        # characters per token differ between texts: cut in proportion, at least one, and count again
-        texts[longest] = texts[longest][: min(size - 1, size * budget // length)].rstrip()
-        prompt = template.fill(texts)
-    return prompt
+    return template.fill(cut(texts, names, budget, lambda shorter: count(template.fill(shorter))))
 
 
 def tokenize(tokenizer: Any, text: str, special: bool) -> list[int]:
@@ -155,7 +170,6 @@ class ClassificationCoder:
         tokenizer: its tokenizer.
         max_length: most tokens.
         joined: join the two texts with a line break instead of the tokenizer's separator (causal models).
-        extra: words of a head's forward that every batch must carry.
     """
 
     def __init__(self, spec: TaskSpec, tokenizer: Any, max_length: int, joined: bool) -> None:
@@ -164,12 +178,21 @@ class ClassificationCoder:
 
     def encode(self, example: Example) -> Encoded:
         """Tokenize one example; the longer text is cut first."""
-        texts = [example.texts[name] for name in self.spec.fields]
+        texts = {name: example.texts[name] for name in self.spec.fields}
         if self.joined:
-            texts = ["\n".join(texts)]
-        made = self.tokenizer(*texts, truncation=True, max_length=self.max_length, verbose=False)
+            texts = {"both": "\n".join(texts.values())}
+        options: dict[str, Any] = {"verbose": False}
+        if self.tokenizer.is_fast:
+            options |= {"truncation": True, "max_length": self.max_length}
+        else:
+            # tokenizers in Python remark on every pair that they cut
+            texts = cut(texts, list(texts), self.max_length, self._length)
+        made = self.tokenizer(*texts.values(), **options)
         encoded = {name: list(made[name]) for name in ("input_ids", "token_type_ids") if name in made}
         return {**encoded, "label": example.label}
+
+    def _length(self, texts: Mapping[str, str]) -> int:
+        return len(self.tokenizer(*texts.values(), verbose=False)["input_ids"])
 
     def candidate(self, encoded: Encoded, label: int) -> Encoded:
         """The same input with another class."""

@@ -128,4 +128,9 @@ def test_a_mask_in_the_text_is_not_taken_for_the_answer(make, write):
 
 def test_classification_pairs_are_cut_to_the_limit(make):
     made = make("tiny-bert", max_length=40)
-    assert made.batch(4).inputs["input_ids"].shape[1] == 40
+    lengths = made.batch(8).inputs["attention_mask"].sum(1)
+    assert lengths.min() >= 35 and lengths.max() <= 40
+    first, second = made.bundle.tokenizer.decode(made.ready.train[0]["input_ids"]).split("</s>")[:2]
+    whole = made.task.train[0].texts
+    assert first and whole["sentence1"].startswith(first.strip())
+    assert second and whole["sentence2"].startswith(second.strip())
