@@ -1,0 +1,70 @@
+"""`launch/train.py` with something going wrong on one rank at one step: `DSSO_FAULT=kind:rank:step`.
+
+Kinds: `nan` (the loss, from that step on), `die` (SIGKILL), `raise` (an error nobody foresaw), `hang`, `term`
+(SIGTERM), `full` (no room on the disk while that rank writes its part of the checkpoint after `step` steps).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from launch import train
+
+KIND, WHERE, WHEN = os.environ["DSSO_FAULT"].split(":")
+MINE = os.environ.get("RANK", "0") == WHERE
+
+
+def break_loop() -> None:
+    """Put the fault into the loop."""
+    from dsso.tasks import PreparedTask
+    from launch.loop import Loop
+
+    whole, honest = Loop._window, PreparedTask.loss_sum
+    current = {"step": 0}
+
+    def window(loop: Loop) -> None:
+        current["step"] = loop.step
+        if loop.step == int(WHEN):
+            if KIND == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif KIND == "raise":
+                raise ValueError("a surprise")
+            elif KIND == "hang":
+                time.sleep(300)
+            elif KIND == "term":
+                os.kill(os.getpid(), signal.SIGTERM)
+        whole(loop)
+
+    def loss_sum(ready: Any, outputs: Any, batch: Any) -> torch.Tensor:
+        loss = honest(ready, outputs, batch)
+        return loss * float("nan") if KIND == "nan" and current["step"] >= int(WHEN) else loss
+
+    Loop._window = window  # type: ignore[method-assign]
+    PreparedTask.loss_sum = loss_sum  # type: ignore[method-assign]
+
+
+def fill_disk() -> None:
+    """Let the engine's own writing meet a full disk, as torch reports it."""
+    save = torch.save
+
+    def full(value: Any, file: Any, *more: Any, **options: Any) -> None:
+        if f"step_{int(WHEN):08d}" in str(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(value, file, *more, **options)
+
+    torch.save = full
+
+
+if MINE:
+    fill_disk() if KIND == "full" else break_loop()
+sys.exit(train.main())

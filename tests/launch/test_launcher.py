@@ -1,0 +1,182 @@
+"""Two ranks through DeepSpeed's own launcher: results, resuming, refusals, ranks that fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Command
+from tests.launch.runs import ROOT, checkpoints, config, launcher, lines, summary, write_recipe
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
+
+PLAIN = {"dsso.model.dropout": 0.0, "train_batch_size": 16, "gradient_accumulation_steps": "auto"}
+"""The same global batch at any number of ranks, and nothing random: one rank and two take the same steps."""
+
+
+def run(command: Command, recipe: Path, out: Path, *more: str, fault: str | None = None) -> Any:
+    """A run at two ranks, with a fault or without."""
+    script = "launch/train.py" if fault is None else "tests/launch/faulty.py"
+    words = launcher("--ds_config", recipe, "--output_dir", out, *more, script=script)
+    return command(words, env={} if fault is None else {"DSSO_FAULT": fault})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run at two ranks."""
+    folder = tmp_path_factory.mktemp("launcher")
+    words = launcher("--ds_config", write_recipe(folder, PLAIN), "--output_dir", folder / "out")
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "out"
+
+
+def test_two_ranks_do_what_one_does(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.launch.runs import train
+
+    recipe = write_recipe(tmp_path, PLAIN)
+    assert train(monkeypatch, "--ds_config", recipe, "--output_dir", tmp_path / "one") == 0
+    assert summary(whole)["world_size"] == 2
+    assert config(whole)["launcher"] == "env"
+    assert {row["owner"] for row in config(whole)["parameters"]} >= {0, 1}
+    for mine, theirs in zip(lines(whole), lines(tmp_path / "one"), strict=True):
+        assert mine["step"] == theirs["step"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert mine["update_norm"] == pytest.approx(theirs["update_norm"], rel=1e-2)
+    for mine, theirs in zip(lines(whole, False), lines(tmp_path / "one", False), strict=True):
+        assert mine["eval"]["metrics"] == pytest.approx(theirs["eval"]["metrics"], rel=1e-3)
+    assert summary(whole)["state_bytes"] < summary(whole)["state_bytes_all_ranks"]
+
+
+def test_a_signal_to_one_rank_stops_all_and_they_go_on_exactly(
+    whole: Path, tmp_path: Path, command: Command
+) -> None:
+    recipe, out = write_recipe(tmp_path, PLAIN), tmp_path / "out"
+    stopped = run(command, recipe, out, fault="term:1:6")
+    assert "stopped after step 7; --resume auto goes on" in stopped.stdout
+    assert stopped.returncode == 143
+    assert checkpoints(out)[-1] == "step_00000007"
+    assert not (out / "summary.json").exists()
+    assert run(command, recipe, out, "--resume", "auto").returncode == 0
+    assert lines(out) == lines(whole)
+    assert lines(out, steps=False) == lines(whole, steps=False)
+    mine, theirs = (
+        [
+            torch.load(file, weights_only=False)["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+            for file in sorted((one / "checkpoints" / "step_00000010").glob("*_optim_states.pt"))
+        ]
+        for one in (out, whole)
+    )
+    assert len(mine) == 2
+    for ours, others in zip(mine, theirs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_leaves_a_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = write_recipe(tmp_path, {"dsso.train": {"max_steps": 100_000, "eval_interval": 100_000}})
+    process = subprocess.Popen(
+        launcher("--ds_config", recipe, "--output_dir", out),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (out / "metrics.jsonl").exists():
+            time.sleep(0.2)
+        time.sleep(1.0)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
+        told, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert "SIGINT: writing a checkpoint after this step" in told
+    assert told.count("--resume auto goes on") == 1
+    assert len(checkpoints(out)) == 1
+    assert (out / "checkpoints" / checkpoints(out)[0] / "manifest.json").is_file()
+
+
+def test_a_bad_recipe_is_told_once_with_status_2(tmp_path: Path, command: Command) -> None:
+    recipe = write_recipe(tmp_path, {"optimizer.params.dampin": 1})
+    done = run(command, recipe, tmp_path / "out")
+    assert done.returncode == 2
+    told = done.stdout + done.stderr
+    assert told.count("optimizer.params.dampin: unknown key") == 1
+    assert "nearest: 'damping'" in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path: Path, command: Command) -> None:
+    before = time.monotonic()
+    done = run(command, write_recipe(tmp_path, PLAIN), tmp_path / "out", fault="die:1:5")
+    assert done.returncode != 0
+    assert time.monotonic() - before < 120
+    told = done.stdout + done.stderr
+    assert "rank 0: another rank has ended, or did not answer within dsso.train.timeout_minutes" in told
+    # what was written before is whole
+    assert checkpoints(tmp_path / "out") == ["step_00000004"]
+    assert [line["step"] for line in lines(tmp_path / "out")] == [2, 4]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_others_within_the_time_out(tmp_path: Path, command: Command) -> None:
+    recipe = write_recipe(tmp_path, PLAIN | {"dsso.train.timeout_minutes": 0.1})
+    done = run(command, recipe, tmp_path / "out", fault="hang:1:5")
+    assert done.returncode != 0
+    told = done.stdout + done.stderr
+    assert "rank 0: another rank has ended, or did not answer within dsso.train.timeout_minutes" in told
+
+
+@pytest.mark.slow
+def test_an_unforeseen_error_names_the_rank(tmp_path: Path, command: Command) -> None:
+    done = run(command, write_recipe(tmp_path, PLAIN), tmp_path / "out", fault="raise:1:3")
+    assert done.returncode != 0
+    told = done.stdout + done.stderr
+    assert "rank 1 of 2 ends: ValueError: a surprise" in told
+    assert "Traceback" in told
+
+
+def test_bad_losses_on_one_rank_are_skipped_by_all_and_end_the_run(tmp_path: Path, command: Command) -> None:
+    recipe = write_recipe(tmp_path, PLAIN | {"dsso.train.max_consecutive_skips": 4})
+    done = run(command, recipe, tmp_path / "out", fault="nan:1:2")
+    assert done.returncode == 1
+    told = done.stdout + done.stderr
+    assert "step 4: 2 step(s) skipped on all ranks (non-finite loss on rank 1; 2 in all)" in told
+    assert "4 steps in a row were skipped, the last is step 6 (first: 3)" in told
+    assert "the loss was not finite on rank 1" in told
+    assert told.count("remedy: lower the learning rate") == 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_on_one_rank_is_told_by_all(tmp_path: Path, command: Command) -> None:
+    out = tmp_path / "out"
+    done = run(command, write_recipe(tmp_path, PLAIN), out, fault="full:1:8")
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert "step_00000008 could not be written (rank 1: the disk is full" in told
+    assert "the last good one is" in told
+    assert checkpoints(out) == ["step_00000004", "step_00000010"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_stage_goes_on_exactly(stage: int, tmp_path: Path, command: Command) -> None:
+    recipe = write_recipe(tmp_path, PLAIN | {"zero_optimization.stage": stage})
+    assert run(command, recipe, tmp_path / "whole").returncode == 0
+    assert run(command, recipe, tmp_path / "out", fault="term:0:6").returncode == 143
+    assert run(command, recipe, tmp_path / "out", "--resume", "auto").returncode == 0
+    assert lines(tmp_path / "out") == lines(tmp_path / "whole")
+    assert lines(tmp_path / "out", False) == lines(tmp_path / "whole", False)
