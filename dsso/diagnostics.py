@@ -272,7 +272,7 @@ class NoopWatch:
 
 
 class SkipGuard:
-    """Ends a run that skips one step after the other.
+    """Tells of skipped steps, and ends a run that skips one step after the other.
 
     Args:
         limit: `dsso.train.max_consecutive_skips`.
@@ -282,9 +282,18 @@ class SkipGuard:
     def __init__(self, limit: int, dynamic_scale: bool = False) -> None:
         self.limit = limit
         self.dynamic_scale = dynamic_scale
+        self._step = self._skipped = self._streak = 0
 
-    def check(self, step: int, health: Mapping[str, float], bad_losses: Sequence[int]) -> None:
-        """Look at a logged step.
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"step": self._step, "skipped": self._skipped, "streak": self._streak}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Put back what `state` gave."""
+        self._step, self._skipped, self._streak = state["step"], state["skipped"], state["streak"]
+
+    def check(self, step: int, health: Mapping[str, float], bad_losses: Sequence[int]) -> str | None:
+        """Look at a logged step; a notice when steps were skipped since the one before, else None.
 
         Args:
             step: steps taken.
@@ -294,37 +303,29 @@ class SkipGuard:
         Raises:
             RunError: too many steps in a row were skipped.
         """
-        skipped = int(health.get("consecutive_skips", 0))
-        scale = health.get("loss_scale", 1.0)
-        if skipped < self.limit or (self.dynamic_scale and scale > 1.0):
-            return
+        total, steps = int(health.get("skipped_steps", 0)), step - self._step
+        new, self._skipped, self._step = total - self._skipped, total, step
+        # some engines drop steps before the optimizer sees them: the total counts those as well
+        streak = self._streak + steps if new >= steps else int(health.get("consecutive_skips", 0))
+        self._streak = streak
         ranks = [f"rank {rank} ({count} micro-batches)" for rank, count in enumerate(bad_losses) if count]
-        source = (
-            f"the loss was not finite on {', '.join(ranks)}"
-            if ranks
-            else "the losses were finite, the gradients were not"
-        )
-        raise RunError(
-            f"{skipped} steps in a row were skipped, the last is step {step} (first: {step - skipped + 1});"
-            f" since the last logged step {source}",
-            where="dsso.train.max_consecutive_skips",
-            got=self.limit,
-            remedy="lower the learning rate, look at the data of these steps, or train in bf16 or fp32",
-        )
-
-
-class SkipNotice:
-    """Tells of skipped steps once per logging step, when their number has grown."""
-
-    def __init__(self, skipped: int = 0) -> None:
-        self.skipped = skipped
-
-    def update(self, step: int, health: Mapping[str, float], bad_losses: Sequence[int]) -> str | None:
-        """The notice, or None."""
-        total = int(health.get("skipped_steps", 0))
-        new, self.skipped = total - self.skipped, total
+        searching = self.dynamic_scale and health.get("loss_scale", 1.0) > 1.0
+        if streak >= self.limit and not searching:
+            source = (
+                f"the loss was not finite on {', '.join(ranks)}"
+                if ranks
+                else "the losses were finite, the gradients were not"
+            )
+            raise RunError(
+                f"{streak} steps in a row were skipped, the last is step {step} (first: {step - streak + 1});"
+                f" since the last logged step {source}",
+                where="dsso.train.max_consecutive_skips",
+                got=self.limit,
+                remedy="lower the learning rate, look at the data of these steps, or train in bf16 or fp32",
+            )
         if new <= 0:
             return None
-        where = ", ".join(f"rank {rank}" for rank, count in enumerate(bad_losses) if count)
-        cause = f"non-finite loss on {where}" if where else "non-finite gradient"
-        return f"step {step}: {new} step(s) skipped on all ranks ({cause}; {total} in all)"
+        cause = f"non-finite loss on {', '.join(ranks)}" if ranks else "non-finite gradient"
+        if searching:
+            cause = f"the loss scale is being found, now {health['loss_scale']:g}"
+        return f"step {step}: {new} step(s) skipped on all ranks: {cause}; {total} in all"

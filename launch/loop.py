@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsso.checkpoint import Checkpoint, Checkpointer, CheckpointError, find, rng_state, set_rng_state
 from dsso.curvature.labels import sample_labels
-from dsso.diagnostics import MetricsLog, NoopWatch, SkipGuard, SkipNotice
+from dsso.diagnostics import MetricsLog, NoopWatch, SkipGuard
 from dsso.parallel.collectives import gather_objects, rank
 from dsso.preempt import StopRequest, control_device
 from dsso.tasks.data import Batch, global_batch, micro_batches
@@ -75,7 +75,6 @@ class Loop:
         self._guard = SkipGuard(
             train.max_consecutive_skips, bool(fp16.get("enabled")) and not fp16.get("loss_scale")
         )
-        self._notice = SkipNotice()
         # this rank's micro-batches since the last log: sum of finite losses, their number, number of others
         self._sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
         self._stop_device = control_device(engine.device)
@@ -87,7 +86,7 @@ class Loop:
         self.step = checkpoint.step
         self.seconds = state["seconds"]
         self.last_loss = state["last_loss"]
-        self._notice.skipped = state["skipped"]
+        self._guard.restore(state["skips"])
         if self._noop is not None and state["noop"] is not None:
             self._noop.restore(state["noop"])
         self.best.restore(state["best"], checkpoint.path.parent.parent / "best")
@@ -189,10 +188,9 @@ class Loop:
             line["bad_losses"] = sum(bad)
         self.log.write(**line)
         self.progress.figures(self.step, line)
-        self._tell(self._notice.update(self.step, health, bad))
         if self._noop is not None:
             self._tell(self._noop.update(self.step, health))
-        self._guard.check(self.step, health, bad)
+        self._tell(self._guard.check(self.step, health, bad))
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Metrics on a split; on validation, the best weights are kept. Every rank calls it."""
@@ -226,7 +224,7 @@ class Loop:
         state = {
             "seconds": self.seconds,
             "last_loss": self.last_loss,
-            "skipped": self._notice.skipped,
+            "skips": self._guard.state(),
             "noop": self._noop.state() if self._noop is not None else None,
             "best": self.best.state(),
         }

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dsso import diagnostics
-from dsso.diagnostics import MetricsLog, NoopWatch, SkipGuard, SkipNotice, jsonable, method_table
+from dsso.diagnostics import MetricsLog, NoopWatch, SkipGuard, jsonable, method_table
 from dsso.errors import RunError
 
 
@@ -161,28 +161,46 @@ def test_reasons_for_doing_nothing(health: dict[str, float], words: str) -> None
 
 def test_a_run_that_only_skips_ends_and_says_which() -> None:
     guard = SkipGuard(3)
-    guard.check(11, {"consecutive_skips": 2.0}, [0, 0])
+    assert guard.check(10, {"skipped_steps": 1.0, "consecutive_skips": 0.0}, [0, 0]) is not None
     with pytest.raises(RunError) as caught:
-        guard.check(12, {"consecutive_skips": 3.0}, [0, 3])
+        guard.check(20, {"skipped_steps": 5.0, "consecutive_skips": 3.0}, [0, 3])
     message = str(caught.value)
-    assert "3 steps in a row were skipped, the last is step 12 (first: 10)" in message
+    assert "3 steps in a row were skipped, the last is step 20 (first: 18)" in message
     assert "the loss was not finite on rank 1 (3 micro-batches)" in message
     assert "dsso.train.max_consecutive_skips" in message
     with pytest.raises(RunError, match="the losses were finite, the gradients were not"):
-        guard.check(12, {"consecutive_skips": 3.0}, [0, 0])
+        SkipGuard(3).check(20, {"skipped_steps": 5.0, "consecutive_skips": 3.0}, [0, 0])
+
+
+def test_steps_that_the_engine_itself_drops_count() -> None:
+    guard, other = SkipGuard(5), SkipGuard(5)
+    assert guard.check(2, {"skipped_steps": 0.0}, [0]) is None
+    assert guard.check(4, {"skipped_steps": 2.0}, [0]) is not None
+    other.restore(json.loads(json.dumps(guard.state())))
+    assert other.check(6, {"skipped_steps": 4.0}, [0]) is not None
+    with pytest.raises(RunError, match=r"6 steps in a row were skipped, the last is step 8 \(first: 3\)"):
+        other.check(8, {"skipped_steps": 6.0}, [0])
+    # a good step in between
+    assert guard.check(6, {"skipped_steps": 3.0}, [0]) is not None
+    assert guard.check(8, {"skipped_steps": 5.0}, [0]) is not None
 
 
 def test_a_dynamic_loss_scale_may_search() -> None:
     guard = SkipGuard(3, dynamic_scale=True)
-    guard.check(9, {"consecutive_skips": 9.0, "loss_scale": 128.0}, [0])
+    told = guard.check(9, {"skipped_steps": 9.0, "loss_scale": 128.0}, [0])
+    assert told == (
+        "step 9: 9 step(s) skipped on all ranks: the loss scale is being found, now 128; 9 in all"
+    )
     with pytest.raises(RunError):
-        guard.check(16, {"consecutive_skips": 16.0, "loss_scale": 1.0}, [0])
+        guard.check(16, {"skipped_steps": 16.0, "loss_scale": 1.0}, [0])
 
 
 def test_skipped_steps_are_told_when_their_number_grows() -> None:
-    notice = SkipNotice()
-    assert notice.update(10, {"skipped_steps": 0.0}, [0, 0]) is None
-    told = notice.update(20, {"skipped_steps": 2.0}, [0, 1])
-    assert told == "step 20: 2 step(s) skipped on all ranks (non-finite loss on rank 1; 2 in all)"
-    assert notice.update(30, {"skipped_steps": 2.0}, [0, 0]) is None
-    assert "non-finite gradient; 3 in all" in str(notice.update(40, {"skipped_steps": 3.0}, [0, 0]))
+    guard = SkipGuard(10)
+    assert guard.check(10, {"skipped_steps": 0.0}, [0, 0]) is None
+    told = guard.check(20, {"skipped_steps": 2.0}, [0, 1])
+    assert told == (
+        "step 20: 2 step(s) skipped on all ranks: non-finite loss on rank 1 (1 micro-batches); 2 in all"
+    )
+    assert guard.check(30, {"skipped_steps": 2.0}, [0, 0]) is None
+    assert "non-finite gradient; 3 in all" in str(guard.check(40, {"skipped_steps": 3.0}, [0, 0]))

@@ -61,7 +61,7 @@ def test_a_bad_batch_is_skipped_and_told(tmp_path: Path, monkeypatch: Patch, cap
     out = tmp_path / "out"
     assert train(monkeypatch, "--ds_config", write_recipe(tmp_path), "--output_dir", out) == 0
     assert (
-        "step 4: 1 step(s) skipped on all ranks (non-finite loss on rank 0; 1 in all)"
+        "step 4: 1 step(s) skipped on all ranks: non-finite loss on rank 0 (2 micro-batches); 1 in all"
         in capfd.readouterr().out
     )
     assert summary(out)["skipped_steps"] == 1

@@ -154,7 +154,10 @@ def test_bad_losses_on_one_rank_are_skipped_by_all_and_end_the_run(tmp_path: Pat
     done = run(command, recipe, tmp_path / "out", fault="nan:1:2")
     assert done.returncode == 1
     told = done.stdout + done.stderr
-    assert "step 4: 2 step(s) skipped on all ranks (non-finite loss on rank 1; 2 in all)" in told
+    assert (
+        "step 4: 2 step(s) skipped on all ranks: non-finite loss on rank 1 (4 micro-batches); 2 in all"
+        in told
+    )
     assert "4 steps in a row were skipped, the last is step 6 (first: 3)" in told
     assert "the loss was not finite on rank 1" in told
     assert told.count("remedy: lower the learning rate") == 1
