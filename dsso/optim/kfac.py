@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -33,18 +32,15 @@ from dsso.config import StrictModel
 from dsso.curvature.hooks import Approximation, Capture
 from dsso.curvature.layers import KroneckerLayer, split_parameters
 from dsso.errors import RecipeError, RunError
-from dsso.linalg import kron
 from dsso.linalg.kron import DampingMode
+from dsso.optim._blocks import JITTERS, Block
 from dsso.optim._rules import Rule
+from dsso.optim._statistics import window_sums
 from dsso.optim.base import GradientMethod
 from dsso.parallel import collectives
 from dsso.parallel.deferred import Deferred
 from dsso.parallel.placement import LayerDims, Placement, assign
 from dsso.schedule import Interval, ScalarSchedule, bounded, value
-
-_JITTERS = (1e-6, 1e-4, 1e-2)
-"""Relative jitter of the attempts, in fp64, after a factorization failed."""
-
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -107,27 +103,6 @@ class Config(StrictModel):
     """The base method."""
 
 
-_Sums = tuple[Tensor, Tensor, Tensor | None, Tensor]
-"""Sum for A and its count, sum for G and its count."""
-
-
-@dataclass
-class _Block:
-    """State of one owned layer."""
-
-    layer: KroneckerLayer
-    a_II: Tensor
-    a_weight: Tensor
-    g_OO: Tensor | None
-    g_weight: Tensor
-    chol_a_II: Tensor
-    chol_g_OO: Tensor | None
-    ready: Tensor
-    """The Cholesky factors belong to a usable pair."""
-    attempt: int = 0
-    """Index of the next jitter after a failure; 0: the last factorization was good."""
-
-
 class Method(GradientMethod):
     """K-FAC on the layers of a model.
 
@@ -168,8 +143,10 @@ class Method(GradientMethod):
         self.capture = Capture(model, self.layers, config.approximation, measured, self._dtype)
         self.capture.take_g = config.fisher == "empirical"
         self._device = device
+        like = torch.zeros((), dtype=self._dtype, device=device)
+        self._like = like
         self._blocks = {
-            index: self._new_block(layer)
+            index: Block(layer, measured, like)
             for index, layer in enumerate(self.layers)
             if self.placement.owner[layer.name] == rank
         }
@@ -206,20 +183,6 @@ class Method(GradientMethod):
     def _dims(self, layer: KroneckerLayer) -> LayerDims:
         return LayerDims(
             layer.name, layer.side_a, 0 if self.config.fisher == "forward_only" else layer.outputs
-        )
-
-    def _new_block(self, layer: KroneckerLayer) -> _Block:
-        measured = self.config.fisher != "forward_only"
-        side_g = layer.outputs
-        return _Block(
-            layer=layer,
-            a_II=torch.zeros(layer.side_a, layer.side_a, dtype=self._dtype, device=self._device),
-            a_weight=torch.zeros((), dtype=self._dtype, device=self._device),
-            g_OO=torch.zeros(side_g, side_g, dtype=self._dtype, device=self._device) if measured else None,
-            g_weight=torch.zeros((), dtype=self._dtype, device=self._device),
-            chol_a_II=torch.eye(layer.side_a, dtype=self._dtype, device=self._device),
-            chol_g_OO=torch.eye(side_g, dtype=self._dtype, device=self._device) if measured else None,
-            ready=torch.zeros((), dtype=torch.bool, device=self._device),
         )
 
     # -- a window -----------------------------------------------------------------------------------------------
@@ -279,68 +242,9 @@ class Method(GradientMethod):
 
     def _average(self, bad: Tensor) -> None:
         """S <- beta S + sum and N <- beta N + count at the owners, in place; nothing where `bad`."""
-        sums = self._reduced_sums() if collectives.is_distributed() else self._own_sums()
-        decay = self.config.ema_decay
-        for block, found in zip(self._blocks.values(), sums, strict=True):
-            if found is None:
-                continue
-            a_II, a_count, g_OO, terms = found
-            # A layer that no rank used in this window keeps what it has.
-            drop = bad | (a_count <= 0)
-            keep = torch.where(drop, 1.0, decay)
-            block.a_II.mul_(keep).add_(a_II.masked_fill_(drop, 0.0))
-            block.a_weight.mul_(keep).add_(a_count.masked_fill(drop, 0.0))
-            if block.g_OO is not None and g_OO is not None:
-                block.g_OO.mul_(keep).add_(g_OO.masked_fill_(drop, 0.0))
-                block.g_weight.mul_(keep).add_(terms.masked_fill(drop, 0.0))
-
-    def _own_sums(self) -> list[_Sums | None]:
-        """The window's sums and counts, in a single process; None for a layer that was not used."""
-        terms = torch.as_tensor(self.capture.terms, dtype=self._dtype, device=self._device)
-        found = [self.capture.sums(index) for index in self._blocks]
-        return [None if s is None else (s.a_II, s.a_count, s.g_OO, terms) for s in found]
-
-    def _reduced_sums(self) -> list[_Sums | None]:
-        """The window's sums and counts of the layers that this rank owns, summed over all ranks."""
-        terms = torch.as_tensor(self.capture.terms, dtype=self._dtype, device=self._device).reshape(1)
-        pieces: list[Tensor | None] = []
-        sizes = []
-        for owner in range(self.placement.world_size):
-            parts: list[Tensor] = []
-            for index, layer in enumerate(self.layers):
-                if self.placement.owner[layer.name] == owner:
-                    parts.extend(self._packed(index, layer))
-            parts.append(terms)
-            pieces.append(torch.cat(parts))
-            sizes.append(pieces[-1].numel())  # type: ignore[union-attr]
-        got = collectives.reduce_to_owners(pieces, sizes, terms)
-        out: list[_Sums | None] = []
-        at = 0
-
-        def take(count: int) -> Tensor:
-            nonlocal at
-            at += count
-            return got.narrow(0, at - count, count)
-
-        for block in self._blocks.values():
-            side_a, side_g = block.layer.side_a, block.layer.outputs
-            a_II = kron.unpack(take(kron.packed_size(side_a)), side_a)
-            a_count = take(1).reshape(())
-            g_OO = kron.unpack(take(kron.packed_size(side_g)), side_g) if block.g_OO is not None else None
-            out.append((a_II, a_count, g_OO, got[-1]))
-        return out
-
-    def _packed(self, index: int, layer: KroneckerLayer) -> list[Tensor]:
-        """Packed triangle of A, its count and packed triangle of G; zeros for a layer that was not used."""
-        sums = self.capture.sums(index)
-        measured = self.config.fisher != "forward_only"
-        if sums is None:
-            size = kron.packed_size(layer.side_a) + 1 + (kron.packed_size(layer.outputs) if measured else 0)
-            return [torch.zeros(size, dtype=self._dtype, device=self._device)]
-        parts = [kron.pack(sums.a_II), sums.a_count.reshape(1)]
-        if sums.g_OO is not None:
-            parts.append(kron.pack(sums.g_OO))
-        return parts
+        for index, sums in window_sums(self.capture, self.placement, self.rank, self._like):
+            if sums is not None:
+                self._blocks[index].average(sums, bad, self.config.ema_decay)
 
     # -- factorization ------------------------------------------------------------------------------------------
 
@@ -349,98 +253,50 @@ class Method(GradientMethod):
         self._damping = value(self.config.damping, step)
         self._refreshed_at = step
         self._floor = self.config.damping_floor * self._mean_curvature()
-        flags = [self._factorize(block, self._dtype, 0.0) for block in self._blocks.values()]
+        flags = [self._factorize(block) for block in self._blocks.values()]
+        for block in self._blocks.values():
+            block.attempt = 0
         if flags:
             self._failed.push(torch.stack(flags).to(torch.float32))
 
     def _mean_curvature(self) -> Tensor:
         """Mean over all layers of the product of their factors' mean eigenvalues; collective."""
-        total = torch.zeros(1, dtype=self._dtype, device=self._device)
+        total = self._like.new_zeros(1)
         for block in self._blocks.values():
-            means = [kron.mean_eigenvalue(block.a_II) / block.a_weight.clamp_min(kron.TINY)]
-            if block.g_OO is not None:
-                means.append(kron.mean_eigenvalue(block.g_OO) / block.g_weight.clamp_min(kron.TINY))
-            total += torch.stack(means).prod()
+            mean_a, mean_g = block.means()
+            total += mean_a * mean_g
         return collectives.all_sum(total)[0] / len(self.layers)
 
-    def _factorize(self, block: _Block, dtype: torch.dtype, jitter: float) -> Tensor:
-        """Factorize one layer; the last good factors stay where it fails.
-
-        Returns:
-            Whether a usable pair failed to factorize, a boolean scalar tensor.
-        """
-        a_II = block.a_II.to(dtype) / block.a_weight.clamp_min(kron.TINY)
-        mean_a = kron.mean_eigenvalue(a_II)
-        if block.g_OO is None or block.chol_g_OO is None:
-            g_OO, mean_g = None, torch.ones_like(mean_a)
-        else:
-            g_OO = block.g_OO.to(dtype) / block.g_weight.clamp_min(kron.TINY)
-            mean_g = kron.mean_eigenvalue(g_OO)
-        floor = self._floor.to(dtype)
-        damping = kron.split_damping(mean_a, mean_g, self._damping, self.config.damping_mode, floor)
-        chol_a_II, failed = kron.cholesky(a_II, damping.lambda_a, jitter)
-        chol_g_OO = None
-        if g_OO is not None:
-            chol_g_OO, failed_g = kron.cholesky(g_OO, damping.lambda_g, jitter)
-            failed = failed | failed_g
-        take = damping.usable & ~failed
-        block.chol_a_II = torch.where(take, chol_a_II.to(self._dtype), block.chol_a_II)
-        if chol_g_OO is not None and block.chol_g_OO is not None:
-            block.chol_g_OO = torch.where(take, chol_g_OO.to(self._dtype), block.chol_g_OO)
-        block.ready = block.ready | take
-        return damping.usable & failed
+    def _factorize(self, block: Block, jitter: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+        return block.factorize(self._damping, self.config.damping_mode, self._floor, jitter, dtype)
 
     def _retry_failed(self) -> None:
         """Factorize again, in fp64 and with jitter, what failed a step ago."""
         flags = self._failed.pop()
-        if flags is None:
+        if flags is None or not any(flags):
             return
         again = []
         for flag, block in zip(flags, self._blocks.values(), strict=True):
-            if not flag:
-                block.attempt = 0
-                again.append(torch.zeros((), dtype=torch.bool, device=self._device))
-                continue
-            self._failures += 1
-            if block.attempt >= len(_JITTERS):
-                # The last good factors stay until the next refresh.
-                block.attempt = 0
-                again.append(torch.zeros((), dtype=torch.bool, device=self._device))
-                continue
-            again.append(self._factorize(block, torch.float64, _JITTERS[block.attempt]))
-            block.attempt += 1
-        if any(flags):
-            self._failed.push(torch.stack(again).to(torch.float32))
+            self._failures += bool(flag)
+            if flag and block.attempt < len(JITTERS):
+                again.append(self._factorize(block, JITTERS[block.attempt], torch.float64))
+                block.attempt += 1
+            else:
+                # Good, or given up: the last good factors stay until the next refresh.
+                again.append(torch.zeros_like(block.ready))
+        self._failed.push(torch.stack(again).to(torch.float32))
 
     # -- the update ---------------------------------------------------------------------------------------------
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """U = G^-1 M A^-1 for the owned layers; zero for a layer without usable factors."""
         updates: dict[str, Tensor] = {}
-        waiting = torch.zeros((), dtype=self._dtype, device=self._device)
+        waiting = self._like.clone()
         for block in self._blocks.values():
-            layer = block.layer
-            m_OI = self._as_matrix(layer, gradients)
-            u_OI = kron.solve(m_OI, block.chol_g_OO, block.chol_a_II)
-            u_OI = torch.where(block.ready, u_OI, torch.zeros_like(u_OI))
-            waiting = waiting + (~block.ready & (m_OI != 0).any()).to(self._dtype)
-            w_OI = u_OI[:, : layer.inputs]
-            updates[layer.weight] = (w_OI.mT if layer.transposed else w_OI).reshape(-1)
-            if layer.bias is not None:
-                updates[layer.bias] = u_OI[:, layer.inputs].reshape(-1)
+            found, waits = block.precondition(gradients)
+            updates.update(found)
+            waiting = waiting + waits.to(waiting.dtype)
         return updates, waiting
-
-    @staticmethod
-    def _as_matrix(layer: KroneckerLayer, gradients: Mapping[str, Tensor]) -> Tensor:
-        """The layer's gradient, [outputs, inputs (+1)]."""
-        flat = gradients[layer.weight]
-        if layer.transposed:
-            m_OI = flat.view(layer.inputs, layer.outputs).mT
-        else:
-            m_OI = flat.view(layer.outputs, layer.inputs)
-        if layer.bias is None:
-            return m_OI
-        return torch.cat([m_OI, gradients[layer.bias].view(-1, 1)], dim=1)
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -462,15 +318,7 @@ class Method(GradientMethod):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Factors, weights and Cholesky factors by layer name."""
-        out: dict[str, Tensor] = {}
-        for block in self._blocks.values():
-            name = block.layer.name
-            out[f"{name}/a"], out[f"{name}/a_weight"] = block.a_II, block.a_weight
-            out[f"{name}/chol_a"], out[f"{name}/ready"] = block.chol_a_II, block.ready
-            if block.g_OO is not None and block.chol_g_OO is not None:
-                out[f"{name}/g"], out[f"{name}/g_weight"] = block.g_OO, block.g_weight
-                out[f"{name}/chol_g"] = block.chol_g_OO
-        return out
+        return {name: tensor for block in self._blocks.values() for name, tensor in block.state().items()}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the owned layers' state; the refresh age comes with `load_counters`."""
