@@ -31,8 +31,8 @@ class AdamWConfig(StrictModel):
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Weights shrink by `lr * weight_decay` a step."""
-    torch_adam: bool = True
-    """torch's implementation, which needs no compiler; false takes DeepSpeed's fused kernel."""
+    torch_adam: Literal[True] = True
+    """torch's implementation is the one that is used; DeepSpeed's own is not offered."""
 
     @model_validator(mode="after")
     def _decays(self) -> Self:
@@ -56,17 +56,15 @@ class SGDConfig(StrictModel):
     """Learning rate; a scheduler section multiplies it."""
     momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Decay of the sum of earlier gradients."""
-    dampening: float = Field(default=0.0, ge=0.0, le=1.0)
-    """The new gradient enters the sum with weight 1 - dampening."""
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Multiple of the weights that is added to the gradient."""
     nesterov: bool = False
-    """Look one step ahead; needs momentum and no dampening."""
+    """Look one step ahead; needs momentum."""
 
     @model_validator(mode="after")
     def _nesterov(self) -> Self:
-        if self.nesterov and (self.momentum == 0.0 or self.dampening != 0.0):
-            raise problem("nesterov needs momentum > 0 and dampening 0", remedy="set momentum, e.g. to 0.9")
+        if self.nesterov and self.momentum == 0.0:
+            raise problem("nesterov needs momentum > 0", remedy="set momentum, e.g. to 0.9")
         return self
 
 

@@ -48,8 +48,9 @@ def _baseline_rule(kind: str, config: Any, is_matrix: bool) -> Rule:
     """AdamW, Adam or SGD; biases and norms are not decayed."""
     decay = config.weight_decay if is_matrix else 0.0
     if kind.lower() == "sgd":
-        return Rule("sgd", 1.0, decay, config.momentum)
-    return Rule("adamw", 1.0, decay, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+        return Rule("sgd", 1.0, decay, config.momentum, config.nesterov, coupled=True)
+    coupled = kind.lower() == "adam" and not config.adam_w_mode
+    return Rule("adamw", 1.0, decay, coupled=coupled, betas=config.betas, eps=config.eps)
 
 
 def _scheduler(optimizer: PartitionOptimizer, section: dict[str, Any] | None) -> Any:

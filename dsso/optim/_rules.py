@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 RuleName = Literal["sgd", "adamw"]
@@ -23,8 +24,10 @@ class Rule:
     Attributes:
         name: `sgd` or `adamw`.
         lr_ratio: learning rate over that of the recipe's schedule.
-        weight_decay: decoupled; the parameters shrink by lr * weight_decay a step.
+        weight_decay: decoupled (the parameters shrink by lr * weight_decay a step) unless `coupled`.
         momentum: of `sgd`: m <- momentum m + u, without dampening.
+        nesterov: of `sgd`: step along u + momentum m.
+        coupled: weight decay is added to the update instead, as in the first SGD and Adam.
         betas, eps: of `adamw`.
     """
 
@@ -32,6 +35,8 @@ class Rule:
     lr_ratio: float = 1.0
     weight_decay: float = 0.0
     momentum: float = 0.0
+    nesterov: bool = False
+    coupled: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
@@ -53,10 +58,12 @@ def apply_sgd(
     for p, u, m in zip(parameters, updates, momenta, strict=True):
         # NaN times zero is NaN: a dropped update has to be replaced, not multiplied.
         u.masked_fill_(bad, 0.0)
+        if rule.coupled and rule.weight_decay:
+            u.addcmul_(p, keep, value=rule.weight_decay)
         if rule.momentum:
             m.mul_(torch.where(bad, 1.0, rule.momentum)).add_(u)
-            u = m  # noqa: PLW2901
-        if rule.weight_decay:
+            u = u.add(m, alpha=rule.momentum) if rule.nesterov else m  # noqa: PLW2901
+        if rule.weight_decay and not rule.coupled:
             p.mul_(1.0 - keep * (lr * rule.weight_decay))
         p.addcmul_(u, keep, value=-lr)
 
@@ -70,7 +77,7 @@ def apply_adamw(
     lr: float,
     bad: Tensor,
 ) -> None:
-    """AdamW by torch's fused kernel, in place; nothing where `bad`.
+    """AdamW, or Adam where decay is coupled, by torch's fused kernels, in place; nothing where `bad`.
 
     Args:
         rule: its constants.
@@ -81,7 +88,8 @@ def apply_adamw(
         lr: learning rate of the step.
         bad: boolean scalar tensor.
     """
-    adamw(
+    kernel = adam if rule.coupled else adamw
+    kernel(
         parameters,
         updates,
         moments[0],
