@@ -176,10 +176,19 @@ def test_a_full_disk_on_one_rank_is_told_by_all(tmp_path: Path, command: Command
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_every_stage_goes_on_exactly(stage: int, tmp_path: Path, command: Command) -> None:
+def test_every_stage_goes_on_exactly(
+    stage: int, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = write_recipe(tmp_path, PLAIN | {"zero_optimization.stage": stage})
     assert run(command, recipe, tmp_path / "whole").returncode == 0
     assert run(command, recipe, tmp_path / "out", fault="term:0:6").returncode == 143
     assert run(command, recipe, tmp_path / "out", "--resume", "auto").returncode == 0
     assert lines(tmp_path / "out") == lines(tmp_path / "whole")
     assert lines(tmp_path / "out", False) == lines(tmp_path / "whole", False)
+    # the best weights are put back into shards for the test: compared with a run that has none
+    from tests.launch.runs import train
+
+    assert train(monkeypatch, "--ds_config", recipe, "--output_dir", tmp_path / "one") == 0
+    for mine, theirs in zip(lines(tmp_path / "out", False), lines(tmp_path / "one", False), strict=True):
+        assert mine["eval"]["metrics"] == pytest.approx(theirs["eval"]["metrics"], rel=1e-3)
+    assert summary(tmp_path / "out")["best_step"] == summary(tmp_path / "one")["best_step"]
