@@ -8,7 +8,7 @@ Formulas, with F ~ A (x) G and the gradient matrix M_OI:
 - step            U = (G + l_G)^-1 M (A + l_A)^-1                          Martens & Grosse 2015, eq. 3 and 12
 - split           l_A = pi sqrt(l), l_G = sqrt(l) / pi,
                   pi^2 = (tr A / dim A) / (tr G / dim G)                   ibid., section 6.3
-- relative        l = c f with f = (tr A / dim A)(tr G / dim G) + floor,
+- relative        l = c (tr A / dim A)(tr G / dim G) + floor,
                   l_A = sqrt(c) tr A / dim A, l_G = l / l_A
 
 Nothing here synchronizes with the device: a failed factorization is reported as a tensor.
@@ -54,10 +54,10 @@ def split_damping(
         mean_a: mean eigenvalue of A, tr(A)/dim(A), scalar.
         mean_g: mean eigenvalue of G, scalar.
         damping: c for `relative` (dimensionless); lambda in units of the Fisher for the absolute modes.
-        mode: `relative`: lambda = c (mean_a mean_g + floor), split by pi as far as there is no floor.
+        mode: `relative`: lambda = c mean_a mean_g + floor, split by pi as far as there is no floor.
             `absolute`: lambda itself, split by pi. `absolute_each`: lambda added to A and to G alike, as in the
             poster's K-FAC and in public code.
-        floor: for `relative`, the least curvature that a layer is credited with, in units of the Fisher. Without
+        floor: for `relative`, what is added whatever the layer's own curvature, in units of the Fisher. Without
             it a layer whose gradient is rounding noise, or LoRA's first factor while the second is zero, would
             take a step as long as 1/noise.
 
@@ -67,12 +67,14 @@ def split_damping(
 
     Source: Martens & Grosse 2015, section 6.3; relative form: scale-free, so it needs no knowledge of the loss.
     """
-    curvature = mean_a * mean_g + floor if mode == "relative" else mean_a * mean_g
-    usable = (mean_a > TINY) & (curvature > 0) & torch.isfinite(mean_a) & torch.isfinite(curvature)
+    curvature = mean_a * mean_g
+    strength = damping * curvature + floor if mode == "relative" else curvature
+    usable = (mean_a > TINY) & (strength > 0) & torch.isfinite(mean_a) & torch.isfinite(curvature)
     one = torch.ones_like(mean_a)
     a = torch.where(usable, mean_a, one)
     if mode == "relative":
-        lambda_a, lambda_g = damping**0.5 * a, damping**0.5 * torch.where(usable, curvature, one) / a
+        lambda_a = damping**0.5 * a
+        lambda_g = torch.where(usable, strength, one) / lambda_a
     elif mode == "absolute":
         pi = torch.sqrt(a / torch.where(usable, mean_g, one))
         lambda_a, lambda_g = pi * damping**0.5, damping**0.5 / pi

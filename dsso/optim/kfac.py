@@ -73,12 +73,12 @@ class Config(StrictModel):
     """m <- momentum m + u on preconditioned, clipped gradients."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled: weights (not biases, not norms) shrink by lr * weight_decay a step."""
-    damping: Annotated[ScalarSchedule, bounded(gt=0)] = 0.01
+    damping: Annotated[ScalarSchedule, bounded(gt=0)] = 0.1
     """`relative`: lambda over the product of the factors' mean eigenvalues; `absolute`: lambda itself. A schedule."""
     damping_mode: DampingMode = "relative"
     """`relative`: scale-free, split by pi. `absolute`: lambda split by pi. `absolute_each`: lambda on both factors."""
-    damping_floor: float = Field(default=1e-3, ge=0)
-    """`relative`: share of the model's mean curvature that every layer is credited with at least."""
+    damping_floor: float = Field(default=1.0, ge=0)
+    """`relative`: lambda gets this multiple of the model's mean curvature on top, the same for every layer."""
     factor_interval: Interval = Interval(((0, 1), (20, 10)))
     """Steps between two measurements of A and G, with early repeats; null in a segment: never again."""
     inverse_interval: Interval = Interval(((0, 1), (20, 100)))

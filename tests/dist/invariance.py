@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,8 +32,9 @@ def run(
     """Run cases of one number of ranks in one process group; lines as `worker.py` writes them."""
     references = {}
     for case in chosen:
-        if case.reference not in references:
-            references[case.reference] = cases.reference(case)
+        for needed in (case, replace(case, dtype="float32")):
+            if needed.reference not in references:
+                references[needed.reference] = cases.reference(needed)
     source, wanted, out = folder / "cases", folder / "references", folder / f"out_{world_size}.jsonl"
     source.write_bytes(pickle.dumps(list(chosen)))
     wanted.write_bytes(pickle.dumps(references))
@@ -69,16 +71,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--few", action="store_true", help="a slice of the matrix")
     parser.add_argument("--only", default="", help="cases whose line contains this")
+    parser.add_argument(
+        "--bf16", action="store_true", help="bf16 cases at 2 ranks as well, against one process in bf16"
+    )
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8], help="numbers of ranks")
     arguments = parser.parse_args()
-    worst = 0.0
+    worst = rounded = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for world_size in arguments.ranks:
             chosen = list(cases.few_cases(world_size) if arguments.few else cases.all_cases(world_size))
+            if arguments.bf16 and world_size == 2:
+                chosen += list(cases.bf16_cases(world_size))
             chosen = [case for case in chosen if arguments.only in str(case)]
             for line in run(chosen, world_size, Path(folder)):
-                print(f"{line['case']}  {line['worst']:.2e}  {line['where']}", flush=True)
-                worst = max(worst, float(line["worst"]))
+                note = f"  bf16 itself {line['rounding']:.2e}" if line["rounding"] else ""
+                print(f"{line['case']}  {line['worst']:.2e}{note}  {line['where']}", flush=True)
+                if " bfloat16 " in str(line["case"]):
+                    rounded = max(rounded, float(line["worst"]))
+                else:
+                    worst = max(worst, float(line["worst"]))
+    if arguments.bf16:
+        print(f"worst in bf16 {rounded:.3e}")
     print(f"worst {worst:.3e}")
 
 

@@ -31,7 +31,19 @@ def main() -> None:
         found = cases.sharded(case, environment.rank)
         if environment.rank == 0:
             worst, where = cases.difference(found, wanted[case.reference])
-            line = {"case": str(case), "worst": worst, "where": where, "seconds": time.monotonic() - begun}
+            if case.dtype == "bfloat16":
+                rounding, _ = cases.difference(
+                    wanted[case.reference], wanted[(*case.reference[:3], "float32")]
+                )
+            else:
+                rounding = 0.0
+            line = {
+                "case": str(case),
+                "worst": worst,
+                "where": where,
+                "rounding": rounding,
+                "seconds": time.monotonic() - begun,
+            }
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
     torch.distributed.destroy_process_group()

@@ -1,0 +1,53 @@
+"""A slice of the invariance table on every run; the whole of it with --slow."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+def _table() -> Any:
+    spec = importlib.util.spec_from_file_location("invariance", HERE / "invariance.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["invariance"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check(chosen: list[Any], world_size: int, folder: Path) -> None:
+    """fp32 within 1e-5; bf16 within twice what bf16 itself does to the single process."""
+    lines = _table().run(chosen, world_size, folder)
+    assert len(lines) == len(chosen)
+    wrong = [line for line in lines if not line["worst"] <= (2 * line["rounding"] or 1e-5)]
+    assert not wrong, wrong
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
+    cases = _table().cases
+    _check(list(cases.few_cases(2)), 2, tmp_path)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+def test_bf16_weights_stay_within_their_rounding(tmp_path: Path) -> None:
+    cases = _table().cases
+    _check(list(cases.bf16_cases(2))[::3], 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_the_whole_table(world_size: int, tmp_path: Path) -> None:
+    cases = _table().cases
+    _check(list(cases.all_cases(world_size)), world_size, tmp_path)
