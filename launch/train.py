@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,9 @@ def main() -> int:
     from launch.arguments import parse
 
     debug = "--debug" in sys.argv
+    if not debug:  # of libraries about each other
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
     rank, world_size = 0, 1
     try:
         arguments = parse()

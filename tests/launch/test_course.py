@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from dsso import checkpoint
 from launch.loop import Loop
-from tests.launch.runs import checkpoints, lines, summary, train, write_recipe
+from tests.launch.runs import ROOT, checkpoints, lines, summary, train, write_recipe
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -200,3 +201,33 @@ def test_debug_logs_every_step(tmp_path: Path, monkeypatch: Patch) -> None:
     recipe = write_recipe(tmp_path, {"dsso.train.max_steps": 3})
     assert train(monkeypatch, "--ds_config", recipe, "--output_dir", out, "--debug") == 0
     assert [line["step"] for line in lines(out)] == [1, 2, 3]
+
+
+def test_only_logging_steps_look_at_the_device(tmp_path: Path, monkeypatch: Patch) -> None:
+    looked: list[tuple[str, str]] = []
+    place = {"now": "elsewhere"}
+    own = str(ROOT / "launch")
+
+    def watched(name: str) -> Any:
+        honest = getattr(torch.Tensor, name)
+
+        def look(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            if sys._getframe(1).f_code.co_filename.startswith(own):
+                looked.append((place["now"], name))
+            return honest(tensor, *arguments, **options)
+
+        return look
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
+    for part in ("_window", "_log_step", "save"):
+        whole = getattr(Loop, part)
+
+        def marked(loop: Loop, *arguments: Any, whole: Any = whole, part: str = part) -> None:
+            before, place["now"] = place["now"], part
+            whole(loop, *arguments)
+            place["now"] = before
+
+        monkeypatch.setattr(Loop, part, marked)
+    assert train(monkeypatch, "--ds_config", write_recipe(tmp_path), "--output_dir", tmp_path / "out") == 0
+    assert {where for where, _ in looked} == {"_log_step", "save"}

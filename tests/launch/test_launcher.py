@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,16 @@ def test_every_stage_goes_on_exactly(
     for mine, theirs in zip(lines(tmp_path / "out", False), lines(tmp_path / "one", False), strict=True):
         assert mine["eval"]["metrics"] == pytest.approx(theirs["eval"]["metrics"], rel=1e-3)
     assert summary(tmp_path / "out")["best_step"] == summary(tmp_path / "one")["best_step"]
+
+
+@pytest.mark.slow
+def test_torchrun_and_tensorboard(tmp_path: Path, command: Command) -> None:
+    pytest.importorskip("tensorboard")
+    board = {"enabled": True, "output_path": str(tmp_path / "board"), "job_name": "tiny"}
+    recipe = write_recipe(tmp_path, PLAIN | {"tensorboard": board, "dsso.train.max_steps": 3})
+    program = Path(sys.executable).parent / "torchrun"
+    words = [program, "--standalone", "--nproc_per_node", "2", ROOT / "launch/train.py"]
+    done = command([*words, "--ds_config", recipe, "--output_dir", tmp_path / "out"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert summary(tmp_path / "out")["world_size"] == 2
+    assert list((tmp_path / "board" / "tiny").glob("events.out.tfevents.*"))
