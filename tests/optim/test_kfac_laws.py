@@ -184,6 +184,7 @@ def test_a_failed_factorization_keeps_the_last_good_one_and_is_retried(
     monkeypatch.setattr(_blocks.kron, "cholesky", failing)
     _step(engine, 1)
     assert torch.equal(engine.optimizer.method.state_tensors()["first/chol_a"], good)
+    assert engine.health()["layers_without_factors"] == 0  # the good ones are in use
     calls.clear()
     engine.optimizer.method.config = engine.optimizer.method.config.model_copy(
         update={"inverse_interval": type(engine.optimizer.method.config.inverse_interval).every(1000)}
