@@ -333,9 +333,3 @@ def _override(raw: dict[str, Any], override: str) -> None:
         home[last] = json.loads(text)
     except json.JSONDecodeError:
         home[last] = text
-
-
-if __name__ == "__main__":
-    from dsso.__main__ import main
-
-    raise SystemExit(main())
