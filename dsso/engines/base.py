@@ -95,7 +95,7 @@ class EngineBase:
     def sampled_pass(self, forward: Callable[[], Tensor]) -> None:
         """Measure output gradients on sampled labels, in a pass of its own that leaves no parameter gradient.
 
-        All parameters are frozen meanwhile, and the embedding's output asks for a gradient in their place: no
+        All parameters are frozen meanwhile, and the embeddings' outputs ask for a gradient in their place: no
         gradient hook of the engine fires, and both kinds of activation checkpointing work.
 
         Args:
@@ -117,17 +117,18 @@ class EngineBase:
     @contextmanager
     def _frozen(self) -> Iterator[None]:
         trainable = [p for p in self.module.parameters() if p.requires_grad]
-        handle = None
-        embedding = getattr(self.module, "get_input_embeddings", lambda: None)()
-        if isinstance(embedding, nn.Module):
-            # Reentrant checkpointing builds a graph only where an input of the block asks for a gradient.
-            handle = embedding.register_forward_hook(lambda _m, _a, out: out.requires_grad_(True))
+        # Reentrant checkpointing builds a graph only where an input of the block asks for a gradient.
+        handles = [
+            module.register_forward_hook(lambda _m, _a, out: out.requires_grad_(True))
+            for module in self.module.modules()
+            if isinstance(module, nn.Embedding)
+        ]
         for parameter in trainable:
             parameter.requires_grad_(False)
         try:
             yield
         finally:
-            if handle is not None:
+            for handle in handles:
                 handle.remove()
             for parameter in trainable:
                 parameter.requires_grad_(True)
@@ -185,13 +186,19 @@ class EngineBase:
         folder.mkdir(parents=True, exist_ok=True)
         method = self.optimizer.method
         tensors = {} if method is None else method.state_tensors()
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            folder / f"method_rank{self.rank:05d}.safetensors",
-        )
-        text = json.dumps(self.optimizer.extra_state())
-        (folder / f"counters_rank{self.rank:05d}.json").write_text(text, encoding="utf-8")
+        problem: Exception | None = None
+        try:
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                folder / f"method_rank{self.rank:05d}.safetensors",
+            )
+            text = json.dumps(self.optimizer.extra_state())
+            (folder / f"counters_rank{self.rank:05d}.json").write_text(text, encoding="utf-8")
+        except Exception as error:  # a full disk: the other ranks wait below
+            problem = error
         collectives.barrier()
+        if problem is not None:
+            raise problem
 
     def _load_method(self, directory: Path) -> None:
         """Read back the layers that this rank owns now, whichever rank wrote them."""

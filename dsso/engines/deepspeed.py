@@ -14,7 +14,8 @@ Where the partition is:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ class DeepSpeedEngine(EngineBase):
         )
         optimizer.dry_run = False
         self._names = names
+        self._dropped = 0
         buffers, spans = self._layout()
         self._verify(buffers, spans)
         try:
@@ -198,8 +200,11 @@ class DeepSpeedEngine(EngineBase):
     def step(self) -> None:
         """Optimizer step at the end of a window, else nothing."""
         boundary = self.is_gradient_accumulation_boundary()
+        taken = self.optimizer.steps
         self._ds.step()
         if boundary:
+            # DeepSpeed may have dropped the step (overflow, or a norm that is not finite) before ours was asked.
+            self._dropped = self._dropped + 1 if self.optimizer.steps == taken else 0
             self._after_step()
 
     def train(self, mode: bool = True) -> Any:
@@ -213,6 +218,7 @@ class DeepSpeedEngine(EngineBase):
     def health(self) -> dict[str, float]:
         """Figures about the last step, with the steps that DeepSpeed itself dropped."""
         figures = super().health()
+        figures["consecutive_skips"] = figures.get("consecutive_skips", 0.0) + self._dropped
         figures["skipped_steps"] = figures.get("skipped_steps", 0.0) + float(self._ds.skipped_steps)
         return figures
 
@@ -220,14 +226,39 @@ class DeepSpeedEngine(EngineBase):
 
     def save_checkpoint(self, save_dir: str | Path, tag: str, client_state: Mapping[str, Any]) -> None:
         """Write `save_dir/tag/`; collective. Frozen weights are left out: they come from the model's source."""
-        self._ds.save_checkpoint(
-            str(save_dir),
-            tag=tag,
-            client_state={"dsso_client": dict(client_state), "dsso_steps": self.global_steps},
-            save_latest=False,
-            exclude_frozen_parameters=self._frozen_weights,
-        )
-        self._save_method(Path(save_dir) / tag)
+        failed: list[Exception] = []
+        with self._collecting(failed):
+            self._ds.save_checkpoint(
+                str(save_dir),
+                tag=tag,
+                client_state={"dsso_client": dict(client_state), "dsso_steps": self.global_steps},
+                save_latest=False,
+                exclude_frozen_parameters=self._frozen_weights,
+            )
+        try:
+            self._save_method(Path(save_dir) / tag)
+        except Exception as error:
+            failed.append(error)
+        if failed:
+            raise failed[0]
+
+    @contextmanager
+    def _collecting(self, failed: list[Exception]) -> Iterator[None]:
+        """Keep errors of writing until all ranks have passed DeepSpeed's barriers: a full disk must not hang them."""
+        writer = self._ds.checkpoint_engine
+        save = writer.save
+
+        def collecting(*arguments: Any, **options: Any) -> None:
+            try:
+                save(*arguments, **options)
+            except Exception as error:
+                failed.append(error)
+
+        writer.save = collecting
+        try:
+            yield
+        finally:
+            del writer.save  # the class's own is visible again
 
     def load_checkpoint(self, load_dir: str | Path, tag: str) -> dict[str, Any]:
         """Read what `save_checkpoint` wrote; collective."""

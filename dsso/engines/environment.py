@@ -72,5 +72,6 @@ def start(environment: Environment, timeout_minutes: float = 10.0) -> None:
         return
     if environment.device.type == "cuda":
         torch.cuda.set_device(environment.device)
-    backend = "nccl" if environment.device.type == "cuda" else "gloo"
+    # The host has a group of its own beside the GPUs': flags and objects need not pass through a device.
+    backend = "cpu:gloo,cuda:nccl" if environment.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
