@@ -323,9 +323,8 @@ def test_the_command_checks_files(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "gradient_cliping: unknown key" in captured.err
 
 
-@pytest.mark.parametrize("module", ["dsso", "dsso.recipe"])
-def test_the_schema_is_printed_by_the_module(module: str) -> None:
-    command = [sys.executable, "-m", module, "--schema"]
+def test_the_schema_is_printed_by_the_module() -> None:
+    command = [sys.executable, "-m", "dsso", "--schema"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(printed.stdout) == recipe_docs.json_schema()
 
