@@ -2,7 +2,7 @@
 
     DSSO_DATA=... python tests/bench/clipping.py --out runs/clipping              # everything
     DSSO_DATA=... python tests/bench/clipping.py --out runs/clipping --only none  # one part: none, pre, post, grid
-    python tests/bench/clipping.py --report docs/benchmarks/clipping.jsonl        # table and figure of a results file
+    python tests/bench/clipping.py --report runs/clipping/clipping.jsonl        # table and figure of a results file
 
 Every run starts from the shipped recipe `configs/kfac_minilm_<task>_adapter.json` and trains through the project's
 own tasks, K-FAC and single-device engine. A finished run is a line of `OUT/clipping.jsonl`; a run that has its line

@@ -173,7 +173,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
             _finish(middle, f"{task}: length of a step (lr times the clipped norm)")
             _finish(right, f"{task}: training loss of the post-clipped runs", own[0]["constant_loss"])
             middle.legend(
-                frameon=False, title="clip", alignment="left", loc="center right", bbox_to_anchor=(1.0, 0.33)
+                frameon=False, title="clip", alignment="left", loc="center right", bbox_to_anchor=(1.0, 0.27)
             )
             right.legend(
                 frameon=False,
