@@ -94,9 +94,10 @@ def test_a_signal_to_the_launcher_leaves_a_checkpoint(tmp_path: Path) -> None:
     )
     try:
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (out / "metrics.jsonl").exists():
+        # A first logged step means that every rank is in the loop; the file alone only that rank 0 has opened it.
+        log = out / "metrics.jsonl"
+        while time.monotonic() < deadline and not (log.exists() and log.stat().st_size):
             time.sleep(0.2)
-        time.sleep(1.0)
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
         told, _ = process.communicate(timeout=120)
     finally:
