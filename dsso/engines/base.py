@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class EngineBase:
         self.global_steps = 0
         self._window_open = False
         self._sampling = False
+        self._backward_passes = 0
         self._terms: float | Tensor = 1.0
         self._labels = TokenMasks(module) if optimizer.method is not None else None
         self._shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if p.requires_grad}
@@ -82,7 +83,9 @@ class EngineBase:
                 "or give the model its labels",
             )
         self._terms = terms
-        method.before_backward(self._scale(terms), terms)
+        self._backward_passes += 1
+        last = self._backward_passes == self.gradient_accumulation_steps
+        method.before_backward(self._scale(terms), terms, last)
 
     def _scale(self, terms: float | Tensor) -> float | Tensor:
         return terms * (self.gradient_accumulation_steps / self._loss_scale())
@@ -135,6 +138,7 @@ class EngineBase:
 
     def _after_step(self) -> None:
         self._window_open = False
+        self._backward_passes = 0
         self.global_steps += 1
 
     # -- reports ------------------------------------------------------------------------------------------------
@@ -210,14 +214,18 @@ class EngineBase:
         mine = counters[self.rank] if self.rank < len(counters) else counters[0]
         method = self.optimizer.method
         if method is not None:
-            wanted = set(method.state_tensors())
             found: dict[str, Tensor] = {}
             for file in files:
                 with safe_open(file, framework="pt", device="cpu") as archive:
-                    for name in wanted & set(archive.keys()):
-                        found[name] = archive.get_tensor(name)
+                    for name in archive.keys():  # noqa: SIM118 -- an archive is no mapping
+                        if method.wants(name):
+                            found[name] = archive.get_tensor(name)
             method.load_state_tensors(found)
-        state: Mapping[str, Any] = json.loads(mine.read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(mine.read_text(encoding="utf-8"))
+        if state["method"] is not None:
+            # Every owner knows of its own blocks.
+            parts = [json.loads(file.read_text(encoding="utf-8"))["method"]["owned"] for file in counters]
+            state["method"]["owned"] = {name: value for part in parts for name, value in part.items()}
         self.optimizer.load_extra_state(state)
 
     def _close_hooks(self) -> None:
