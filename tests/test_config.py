@@ -52,7 +52,7 @@ def test_every_field_is_documented(model: type[StrictModel]) -> None:
         ),
         ({"model": {"name": "x", "dropout": 1.0}}, ["dsso.model.dropout", "allowed: less than 1"]),
         (
-            {"engine": "fsdp2"},
+            {"engine": "fsdp3"},
             ["dsso.engine", "'fsdp2' is not available in this version", "remedy: use 'deepspeed'"],
         ),
         ({"engine": "ddp"}, ["'ddp' is not available in this version"]),
