@@ -80,7 +80,7 @@ def reduce_unused(unit: Any, units: Collection[nn.Module]) -> None:
         # Behind FSDP's own hook on the same tensors: the weights are gathered when it runs.
         for leaf in _pytree.tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(fill)
+                leaf.register_hook(fill)  # type: ignore[no-untyped-call]
 
     unit.register_forward_hook(hook)
 
