@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dsso.engines.single import SingleEngine
 from dsso.optim._partition import PartitionOptimizer
-from dsso.parallel.buckets import average, same_everywhere
+from dsso.parallel.averaging import average, same_everywhere
 
 
 class DDPEngine(SingleEngine):

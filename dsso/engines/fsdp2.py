@@ -24,7 +24,7 @@ from dsso.engines.units import blocks, reduce_unused
 from dsso.errors import RecipeError, RunError
 from dsso.optim._partition import PartitionOptimizer
 from dsso.parallel import collectives
-from dsso.parallel.buckets import same_everywhere
+from dsso.parallel.averaging import same_everywhere
 from dsso.parallel.fragments import Span
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from dsso import tasks
 from dsso.config import ModelConfig, PeftConfig, TaskConfig
 from dsso.engines.units import blocks
-from dsso.parallel.buckets import average, cut
+from dsso.parallel.averaging import average, cut
 
 FAMILIES = {
     "tiny-t5": ("T5Block", 4),
