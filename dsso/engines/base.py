@@ -59,9 +59,6 @@ class EngineBase:
 
     # -- to be given by the engine ------------------------------------------------------------------------------
 
-    stage: int | None = None
-    """ZeRO stage, where there are stages."""
-
     def _loss_scale(self) -> float:
         return 1.0
 
@@ -177,6 +174,11 @@ class EngineBase:
         figures = self.optimizer.health()
         figures["loss_scale"] = self._loss_scale()
         return figures
+
+    @property
+    def stage(self) -> int | None:
+        """ZeRO stage, where there are stages."""
+        return None
 
     @property
     def name(self) -> str:

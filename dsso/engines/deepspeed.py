@@ -94,7 +94,7 @@ class DeepSpeedEngine(EngineBase):
         return getattr(self._ds, name)
 
     @property
-    def stage(self) -> int:  # type: ignore[override]
+    def stage(self) -> int:
         """ZeRO stage."""
         return int(self._ds.zero_optimization_stage())
 
