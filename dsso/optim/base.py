@@ -101,11 +101,18 @@ class GradientMethod(ABC):
 
     @abstractmethod
     def counters(self) -> dict[str, Any]:
-        """Host-side state as JSON, the same on every rank."""
+        """Host-side state as JSON: `{"common": {...}, "owned": {block: {...}}}`.
+
+        `common` is the same on every rank; `owned` is about the blocks that this rank owns, by their names.
+        """
 
     @abstractmethod
     def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """Take over what `counters` returned."""
+        """Take over what `counters` returned, with `owned` of all the ranks that wrote it.
+
+        There may have been another number of them: each rank looks up the blocks that it owns now, and one that is
+        not listed has nothing to tell.
+        """
 
     @abstractmethod
     def rules(self) -> dict[str, Rule]:

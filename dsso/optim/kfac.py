@@ -340,27 +340,33 @@ class Method(GradientMethod):
             mine.copy_(found)
 
     def counters(self) -> dict[str, Any]:
-        """Ages and pending retries. Retries are this rank's own, so all ranks' are written and each reads its own."""
+        """Ages for all, pending retries by layer."""
+        failed = self._failed.peek() or [0.0] * len(self._blocks)
         return {
-            "refreshed_at": self._refreshed_at,
-            "damping": self._damping,
-            "steps": self._steps,
-            "retries": {b.layer.name: b.attempt for b in self._blocks.values() if b.attempt},
-            "failed": dict(
-                zip((b.layer.name for b in self._blocks.values()), self._failed.peek() or [], strict=False)
-            ),
+            "common": {
+                "refreshed_at": self._refreshed_at,
+                "damping": self._damping,
+                "steps": self._steps,
+            },
+            "owned": {
+                block.layer.name: {"attempt": block.attempt, "failed": flag}
+                for block, flag in zip(self._blocks.values(), failed, strict=True)
+                if block.attempt or flag
+            },
         }
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """Take over what `counters` returned."""
-        self._refreshed_at = counters["refreshed_at"]
-        self._steps = int(counters["steps"])
-        self._damping = float(counters["damping"])
-        for block in self._blocks.values():
-            block.attempt = int(counters["retries"].get(block.layer.name, 0))
-        failed = counters["failed"]
-        if failed:
-            self._failed.push(torch.tensor([failed.get(b.layer.name, 0.0) for b in self._blocks.values()]))
+        """Take over what the owners' `counters` returned, put together."""
+        common, owned = counters["common"], counters["owned"]
+        self._refreshed_at = common["refreshed_at"]
+        self._steps = int(common["steps"])
+        self._damping = float(common["damping"])
+        found = [owned.get(block.layer.name, {}) for block in self._blocks.values()]
+        for block, told in zip(self._blocks.values(), found, strict=True):
+            block.attempt = int(told.get("attempt", 0))
+        failed = [float(told.get("failed", 0.0)) for told in found]
+        if any(failed):
+            self._failed.push(torch.tensor(failed))
 
     def close(self) -> None:
         """Take the hooks off the model."""
