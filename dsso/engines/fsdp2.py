@@ -70,7 +70,8 @@ class FSDP2Engine(EngineBase):
         self._buffers = {n: self._local(self._weights[n]).detach() for n in sizes}
         spans = [Span(n, self._starts[n], b.numel(), i, 0) for i, (n, b) in enumerate(self._buffers.items())]
         self._verify()
-        # The optimizer was made with the whole parameters: they are to be freed.
+        # What still refers to the whole parameters lets them go.
+        self._first = next(iter(self._weights.values()))
         optimizer.param_groups[0]["params"] = list(self._buffers.values())
         optimizer.attach(list(self._buffers.values()), spans, sizes)
 
@@ -205,6 +206,15 @@ class FSDP2Engine(EngineBase):
         self._after_step()
 
     # -- weights ------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> str:
+        """Number format of the gathered weights."""
+        return str(self._dtype).removeprefix("torch.")
+
+    def publish_weights(self) -> None:
+        """The optimizer's buffers are the weights: only gathered copies of the old ones have to go."""
+        self._reshard()
 
     def gathered_state_dict(self, trainable_only: bool = True) -> dict[str, Tensor]:
         """Full parameters by name, in the type of the passes, on the CPU of rank 0; empty elsewhere; collective."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,33 @@ def evaluation_within_a_window(kind: str) -> list[str]:
     return problems
 
 
+def checkpoint(writer: str, reader: str, dtype: str) -> list[str]:
+    """Saved in the middle of an interval and loaded by a fresh engine, the run goes on as the uninterrupted one."""
+    folder = broadcast_object(tempfile.mkdtemp() if launch_environment().rank == 0 else None)
+    settings: dict[str, Any] = {"factor_interval": 2, "inverse_interval": 4, "tau": 0.3}
+    straight = engine(writer, dtype, **settings)
+    for seed in range(3):
+        step(straight, seed)
+    straight.save_checkpoint(folder, "tag", {"epoch": 7})
+    for seed in range(3, 7):
+        step(straight, seed)
+    resumed = engine(reader, dtype, net=model(seed=3), **settings)
+    resumed.eval()
+    with torch.no_grad():  # weights gathered before loading must not be used after it
+        resumed(torch.zeros(1, 1, dtype=torch.int64))
+    resumed.train()
+    client = resumed.load_checkpoint(folder, "tag")
+    problems = [] if client == {"epoch": 7} and resumed.global_steps == 3 else [f"client state: {client}"]
+    for seed in range(3, 7):
+        step(resumed, seed)
+    mine, theirs = straight.gathered_state_dict(), resumed.gathered_state_dict()
+    if straight.rank == 0:
+        problems += changed(mine, theirs) if writer == reader else apart(theirs, mine, 1e-5)
+    straight.close()
+    resumed.close()
+    return problems
+
+
 def refusals() -> list[str]:
     """Models that cannot be cut, and a layout that is not what it is read to be."""
     problems = []
@@ -304,6 +332,9 @@ def main() -> None:
         plan += [(rank_0_decides, (kind,)), (evaluation_within_a_window, (kind,))]
     plan += [(unused, ("fsdp2", case)) for case in ({"side": False}, {"left": False}, {"depth": 2})]
     plan += [(unused_in_an_older_torch, (case,)) for case in ({"side": False}, {"left": False})]
+    pairs = [("fsdp2", "fsdp2"), ("ddp", "ddp"), ("fsdp2", "ddp"), ("ddp", "fsdp2")]
+    plan += [(checkpoint, (*pair, "float32")) for pair in pairs]
+    plan += [(checkpoint, ("fsdp2", "fsdp2", "bfloat16"))]
     plan += [(shards, (trained,)) for trained in ("all", "adapters")]
     plan += [(text_is_written_as_by_one_process, (peft,)) for peft in ("none", "lora")]
     for scenario, arguments in plan:

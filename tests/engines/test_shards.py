@@ -18,6 +18,7 @@ SCENARIOS = {
     "evaluation_within_a_window(": 2,
     "unused(": 3,
     "unused_in_an_older_torch(": 2,
+    "checkpoint(": 5,
     "shards(": 2,
     "text_is_written_as_by_one_process(": 2,
 }
