@@ -312,14 +312,15 @@ class Interval:
 
     def current(self, step: int) -> int | None:
         """Steps between two due steps at `step`; None when it is never due again in this segment."""
-        return self._segment(step)[1]
+        return self.segment(step)[1]
 
     def due(self, step: int) -> bool:
         """True when it is done on `step`, counted from 0."""
-        start, every = self._segment(step)
+        start, every = self.segment(step)
         return every is not None and (step - start) % every == 0
 
-    def _segment(self, step: int) -> tuple[int, int | None]:
+    def segment(self, step: int) -> tuple[int, int | None]:
+        """`(start, every)` of the segment that `step` is in."""
         reached = bisect.bisect_right([start for start, _ in self.segments], step)
         return self.segments[max(reached, 1) - 1]
 

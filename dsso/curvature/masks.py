@@ -23,11 +23,18 @@ class TokenMasks:
 
     Args:
         model: the unwrapped model.
+
+    Attributes:
+        passes: forward passes so far.
+        ids, ids_mask: token ids of the micro-batch, [B, S], and their padding mask; None where there are none.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._masks: dict[Side, Tensor | None] = {"encoder": None, "decoder": None, "cross": None}
         self._labels: Tensor | None = None
+        self.passes = 0
+        self.ids: Tensor | None = None
+        self.ids_mask: Tensor | None = None
         config = getattr(model, "config", None)
         # A decoder-only model predicts label i + 1 at position i: the first label is no term.
         architectures = " ".join(getattr(config, "architectures", None) or [type(model).__name__])
@@ -42,6 +49,11 @@ class TokenMasks:
             decoder = labels != IGNORED_LABEL
         self._masks = {"encoder": encoder, "decoder": decoder, "cross": encoder}
         self._labels = labels
+        self.passes += 1
+        ids = kwargs.get("input_ids")
+        self.ids = ids if ids is not None and ids.dim() == 2 else None
+        fits = encoder is not None and self.ids is not None and encoder.shape == self.ids.shape
+        self.ids_mask = encoder if fits else None
 
     def rows(self, side: Side, x: Tensor) -> Tensor | None:
         """Mask of one layer's input, or None where every row counts.

@@ -99,7 +99,8 @@ class EngineBase:
                 "or give the model its labels",
             )
         self._terms = terms
-        method.before_backward(self._scale(terms), terms)
+        last = self.pending == self.gradient_accumulation_steps
+        method.before_backward(self._scale(terms), terms, last)
 
     def _scale(self, terms: float | Tensor) -> float | Tensor:
         return terms * (self.gradient_accumulation_steps / self._loss_scale())

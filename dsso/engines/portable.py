@@ -249,12 +249,11 @@ def _read(engine: EngineBase, folder: Path, found: Mapping[str, Any]) -> None:
             files.read_into(kind, span.name, span.start, view)
     _read_buffers(engine, folder, int(found["world_size"]))
     if optimizer.method is not None:
-        wanted = set(optimizer.method.state_tensors())
         tensors: dict[str, Tensor] = {}
         for file in sorted(folder.glob("method_rank*.safetensors")):
             with safe_open(file, framework="pt", device="cpu") as archive:
-                for name in wanted & set(archive.keys()):
-                    tensors[name] = archive.get_tensor(name)
+                names: list[str] = archive.keys()
+                tensors |= {n: archive.get_tensor(n) for n in names if optimizer.method.wants(n)}
         optimizer.method.load_state_tensors(tensors)
     counters = sorted(folder.glob("counters_rank*.json"))
     if len(counters) != found["world_size"]:

@@ -1,7 +1,6 @@
-"""Kronecker-factored curvature: damping, factorization, solves and packed triangles.
+"""Kronecker-factored curvature: damping and factorization.
 
-Legend of shape suffixes: `I` inputs of a layer (+1 where it has a bias), `O` outputs, `D` either of them,
-`P` entries of a packed triangle, D(D+1)/2.
+Legend of shape suffixes: `I` inputs of a layer (+1 where it has a bias), `O` outputs, `D` either of them.
 
 Formulas, with F ~ A (x) G and the gradient matrix M_OI:
 
@@ -16,7 +15,6 @@ Nothing here synchronizes with the device: a failed factorization is reported as
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -83,72 +81,20 @@ def split_damping(
     return Damping(lambda_a, lambda_g, usable)
 
 
-def cholesky(x_DD: Tensor, shift: Tensor, jitter: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Lower Cholesky factor of X + shift * I, and whether it failed.
+def cholesky(damped_DD: Tensor, jitter: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factor of a damped matrix, and whether it failed.
 
     Args:
-        x_DD: symmetric positive semi-definite, in the dtype to factorize in.
-        shift: scalar added to the diagonal.
-        jitter: further shift, relative to the mean eigenvalue of X.
+        damped_DD: symmetric positive definite, in the dtype to factorize in; only the lower triangle is read. It is
+            overwritten when there is a jitter.
+        jitter: further shift, relative to the mean eigenvalue.
 
     Returns:
         `(L_DD, failed)`; `failed` is a boolean scalar tensor, also true where L is not finite.
     """
-    shifted = x_DD.clone()
-    extra = shift.to(x_DD.dtype)
     if jitter:
-        extra = extra + jitter * mean_eigenvalue(x_DD)
-    shifted.diagonal().add_(extra)
-    factor_DD, info = torch.linalg.cholesky_ex(shifted)
+        damped_DD.diagonal().add_(jitter * mean_eigenvalue(damped_DD))
+    factor_DD, info = torch.linalg.cholesky_ex(damped_DD)
     # NaN compares false everywhere, so LAPACK may report success on it: look at the diagonal as well.
     failed = (info != 0) | ~torch.isfinite(factor_DD.diagonal()).all()
     return factor_DD, failed
-
-
-def solve(m_OI: Tensor, chol_g_OO: Tensor | None, chol_a_II: Tensor | None) -> Tensor:
-    """U = G^-1 M A^-1 from Cholesky factors; None stands for the identity.
-
-    Shapes:
-        m_OI, result: the layer's gradient, a bias as last column.
-
-    Source: Martens & Grosse 2015, eq. 12, as two triangular solves each.
-    """
-    u_OI = m_OI
-    if chol_g_OO is not None:
-        u_OI = torch.cholesky_solve(u_OI, chol_g_OO)
-    if chol_a_II is not None:
-        u_OI = torch.cholesky_solve(u_OI.mT, chol_a_II).mT
-    return u_OI
-
-
-def packed_size(dim: int) -> int:
-    """Entries of a packed triangle, dim (dim + 1) / 2."""
-    return dim * (dim + 1) // 2
-
-
-@lru_cache(maxsize=64)
-def _triangle(dim: int, device: torch.device) -> Tensor:
-    rows, cols = torch.triu_indices(dim, dim, device=device)
-    flat: Tensor = rows * dim + cols
-    return flat
-
-
-def pack(x_DD: Tensor) -> Tensor:
-    """The upper triangle as a vector, row by row.
-
-    Shapes:
-        result: [P].
-    """
-    return x_DD.reshape(-1).index_select(0, _triangle(x_DD.shape[0], x_DD.device))
-
-
-def unpack(x_P: Tensor, dim: int) -> Tensor:
-    """The symmetric matrix of a packed upper triangle.
-
-    Shapes:
-        result: [dim, dim].
-    """
-    full = x_P.new_zeros(dim * dim)
-    full.index_copy_(0, _triangle(dim, x_P.device), x_P)
-    upper_DD = full.view(dim, dim)
-    return upper_DD + upper_DD.triu(1).mT

@@ -88,6 +88,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self._rest: list[Span] = []
         self._rest_weight = 1.0
         self._exchange: FragmentExchange | None = None
+        self._counted: list[str] = []
         self._outcome = Deferred()
         self._retry = False
         self._norms: StepNorms | None = None
@@ -116,7 +117,9 @@ class PartitionOptimizer(torch.optim.Optimizer):
         me, world = collectives.rank(), collectives.world_size()
         self._buffers = list(buffers)
         owners = {} if self.method is None else self.method.owners
-        self._exchange = FragmentExchange(table, owners, me) if owners else None
+        workers = {} if self.method is None else self.method.workers
+        self._exchange = FragmentExchange(table, workers, me) if workers else None
+        self._counted = [name for name, owner in owners.items() if owner == me]
         self._rest = [s for s in table.ranks[me] if s.name not in owners and s.numel]
         replicated = all(sum(s.numel for s in spans_) == sum(sizes.values()) for spans_ in table.ranks)
         self._rest_weight = 1.0 / world if replicated else 1.0
@@ -234,9 +237,10 @@ class PartitionOptimizer(torch.optim.Optimizer):
         """The global scalars of the step, in one all-reduce."""
         zero = gradients[0].new_zeros(())
         uu, ug, gg = zero, zero, zero
-        if owned:
-            u = torch.cat([updates[name] for name in owned])
-            g = torch.cat([owned[name] for name in owned])
+        if self._counted:
+            # Several ranks may work on one parameter; it is counted once.
+            u = torch.cat([updates[name] for name in self._counted])
+            g = torch.cat([owned[name] for name in self._counted])
             uu, ug, gg = torch.dot(u, u), torch.dot(u, g), torch.dot(g, g)
         if self._rest:
             views = [gradients[s.buffer].narrow(0, s.offset, s.numel) for s in self._rest]

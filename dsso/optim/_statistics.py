@@ -1,86 +1,206 @@
-"""The window's Kronecker sums on their way to the owners: packed triangles and counts, one buffer an owner.
-
-Legend of shape suffixes: `I` inputs (+1 for a bias), `O` outputs.
-"""
+"""A window's statistics: opened for the factors that are due, summed over all ranks, averaged at their owners."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dsso.curvature.hooks import Capture
-from dsso.curvature.layers import KroneckerLayer
-from dsso.linalg import kron
+from dsso.curvature.sums import FactorSum
+from dsso.optim._factor import Factor
 from dsso.parallel import collectives
+from dsso.parallel.buckets import OwnerBuckets
 from dsso.parallel.placement import Placement
 
 
-class WindowSums(NamedTuple):
-    """Sums and counts of one layer over the global batch.
-
-    Attributes:
-        a_II: sum for A. a_count: rows in it. g_OO: sum for G, or None. terms: loss terms in it.
-    """
-
-    a_II: Tensor
-    a_count: Tensor
-    g_OO: Tensor | None
-    terms: Tensor
-
-
-def window_sums(
-    capture: Capture, placement: Placement, rank: int, like: Tensor
-) -> list[tuple[int, WindowSums | None]]:
-    """The sums of the layers that `rank` owns, over all ranks; collective.
+class Statistics:
+    """The way from the hooks to the factors.
 
     Args:
-        capture: what this rank measured, of all layers.
-        placement: owners.
+        capture: measures.
+        placement: who owns what.
+        factors: those that this rank keeps, by key.
         rank: this rank.
-        like: gives dtype and device.
+        like: gives device and the dtype of the statistics.
+        bucket_elements: numbers in a bucket on the wire.
+        wire: dtype on the wire.
+        overlap: send a factor as soon as the backward pass is through with it.
 
-    Returns:
-        Pairs of layer index and sums, in model order; in a single process None for a layer that was not used, over
-        several ranks its count is zero.
+    Attributes:
+        sent: numbers that this rank has put on the wire for statistics so far, counts and bases not included.
     """
-    terms = torch.as_tensor(capture.terms, dtype=like.dtype, device=like.device).reshape(1)
-    owned = [i for i, layer in enumerate(capture.layers) if placement.owner[layer.name] == rank]
-    if not collectives.is_distributed():
-        found = [(index, capture.sums(index)) for index in owned]
-        return [(i, None if s is None else WindowSums(s.a_II, s.a_count, s.g_OO, terms[0])) for i, s in found]
-    pieces = []
-    for owner in range(placement.world_size):
-        theirs = [i for i, layer in enumerate(capture.layers) if placement.owner[layer.name] == owner]
-        pieces.append(torch.cat([part for i in theirs for part in _packed(capture, i, like)] + [terms]))
-    got = collectives.reduce_to_owners(pieces, [piece.numel() for piece in pieces], like)
-    return _unpacked(got, capture.layers, owned, capture.measure_g)
+
+    def __init__(
+        self,
+        capture: Capture,
+        placement: Placement,
+        factors: Mapping[str, Factor],
+        rank: int,
+        like: Tensor,
+        bucket_elements: int,
+        wire: torch.dtype,
+        overlap: bool,
+    ) -> None:
+        self.capture = capture
+        self._placement = placement
+        self._factors = factors
+        self._rank = rank
+        self._like = like
+        self._bucket_elements = bucket_elements
+        self._wire = wire
+        self._distributed = collectives.is_distributed()
+        self._group = dist.new_group() if self._distributed else None
+        self._buckets: OwnerBuckets | None = None
+        # The backward pass reaches the last layer first.
+        self._order = list(reversed(placement.factors))
+        self._queue: list[str] = []
+        self._ready: set[str] = set()
+        self._bad: Tensor | None = None
+        self.sent = 0
+        if overlap and self._distributed:
+            capture.on_final = self._final
+
+    def open(self, keys: Collection[str], step: int) -> None:
+        """Measure these factors in the window to come; collective where one of them is of low rank."""
+        self._queue = [key for key in self._order if key in keys]
+        self._ready.clear()
+        self._buckets = None
+        self._bad = None
+        if not self._queue:
+            self.capture.close()
+            return
+        bases = self._bases(self._queue)
+        dims = self._placement.factors
+        sums = {key: FactorSum(dims[key].blocks, bases[key], self._like) for key in self._queue}
+        self.capture.open(sums, step)
+
+    def _bases(self, keys: Collection[str]) -> dict[str, list[Tensor | None]]:
+        """Bases of the low-rank blocks, from the factors' owners."""
+        dims = self._placement.factors
+        out: dict[str, list[Tensor | None]] = {key: [None] * len(dims[key].blocks) for key in keys}
+        low = [key for key in keys if any(dims[key].kept_rank(d) for d in dims[key].blocks)]
+        if not self._distributed:
+            return out | {key: self._factors[key].bases for key in low}
+        for owner in range(self._placement.world_size):
+            theirs = [key for key in low if self._placement.factor_owners[key][0] == owner]
+            if not theirs:
+                continue
+            shapes = [
+                (key, i, d, dims[key].kept_rank(d)) for key in theirs for i, d in enumerate(dims[key].blocks)
+            ]
+            shapes = [one for one in shapes if one[3]]
+            flat = self._like.new_empty(sum(d * k for _, _, d, k in shapes))
+            at = 0
+            for key, index, d, k in shapes:
+                view = flat.narrow(0, at, d * k).view(d, k)
+                at += d * k
+                if owner == self._rank:
+                    basis = self._factors[key].bases[index]
+                    assert basis is not None
+                    view.copy_(basis)
+                out[key][index] = view
+            dist.broadcast(flat, group_src=owner, group=self._group)
+        return out
+
+    def _final(self, key: str) -> None:
+        """A factor's sum is complete on this rank; send what is complete, in the order that all ranks keep."""
+        self._ready.add(key)
+        while self._queue and self._queue[0] in self._ready:
+            self._send(self._queue.pop(0))
+
+    def _send(self, key: str) -> None:
+        if self._buckets is None:
+            self._buckets = OwnerBuckets(self._bucket_elements, self._like, self._wire, self._group)
+        found = self.capture.sums[key]
+        self._note_bad(found)
+        wire = self._like.new_empty(found.size)
+        found.pack_into(wire)
+        self._buckets.put(self._placement.factor_owners[key], wire)
+        found.forget()
+
+    def _note_bad(self, found: FactorSum) -> None:
+        bad = found.bad()
+        self._bad = bad if self._bad is None else self._bad | bad
+
+    def measured_badly(self) -> Tensor | None:
+        """Whether any sum of the window is not finite on this rank; None when nothing is measured."""
+        if not self.capture.active:
+            return None
+        if self._distributed:
+            while self._queue:
+                self._send(self._queue.pop(0))
+        else:
+            for found in self.capture.sums.values():
+                self._note_bad(found)
+        return self._bad
+
+    def average(self, bad: Tensor, decay: float) -> None:
+        """Take the sums of all ranks into the factors that this rank owns, nothing where `bad`; collective."""
+        sums = self.capture.sums
+        order = [key for key in self._order if key in sums]
+        terms = torch.as_tensor(self.capture.terms, dtype=self._like.dtype, device=self._like.device)
+        counted = torch.stack([*(sums[key].count for key in order), terms])
+        if self._distributed:
+            dist.all_reduce(counted, group=self._group)
+        # The terms behind a G are the window's, whichever of them reached the layer; none where no rank used it.
+        inputs = set(self.capture.a_keys)
+        counts = [
+            counted[i] if key in inputs else torch.where(counted[i] > 0, counted[-1], counted[i])
+            for i, key in enumerate(order)
+        ]
+        if self._distributed:
+            assert self._buckets is not None
+            mine = [key for key in order if self._rank in self._placement.factor_owners[key]]
+            for key, wire in zip(mine, self._buckets.finish(), strict=True):
+                sums[key].unpack(wire, sums[key].count)
+                self._factors[key].average(sums[key], counts[order.index(key)], bad, decay)
+                sums[key].forget()
+            self.sent += self._buckets.sent
+        else:
+            for index, key in enumerate(order):
+                self._factors[key].average(sums[key], counts[index], bad, decay)
+                sums[key].forget()
+        self.capture.close()
 
 
-def _packed(capture: Capture, index: int, like: Tensor) -> list[Tensor]:
-    """Packed triangle of A, its count and packed triangle of G; zeros for a layer that was not used."""
-    sums, layer = capture.sums(index), capture.layers[index]
-    if sums is None:
-        size_g = kron.packed_size(layer.outputs) if capture.measure_g else 0
-        return [like.new_zeros(kron.packed_size(layer.side_a) + 1 + size_g)]
-    parts = [kron.pack(sums.a_II), sums.a_count.reshape(1)]
-    if sums.g_OO is not None:
-        parts.append(kron.pack(sums.g_OO))
-    return parts
+def send_factorizations(
+    keys: Collection[str],
+    sources: Mapping[str, Mapping[int, int]],
+    factors: Mapping[str, Factor],
+    rank: int,
+    world: int,
+    like: Tensor,
+) -> None:
+    """Bring fresh factorizations from the ranks that made them to those that only apply them; collective.
 
-
-def _unpacked(
-    got: Tensor, layers: Sequence[KroneckerLayer], owned: Sequence[int], measured: bool
-) -> list[tuple[int, WindowSums | None]]:
-    out: list[tuple[int, WindowSums | None]] = []
+    Args:
+        keys: refreshed factors, the same on every rank.
+        sources: of the placement.
+        factors: those that this rank keeps.
+        rank: this rank.
+        world: number of ranks.
+        like: gives device and dtype.
+    """
+    routes = [
+        (key, source, user) for key in keys for user, source in sorted(sources[key].items()) if source != user
+    ]
+    if not routes:
+        return
+    send = [(key, user) for key, source, user in sorted(routes, key=lambda r: (r[2], r[0])) if source == rank]
+    receive = [
+        (key, source) for key, source, user in sorted(routes, key=lambda r: (r[1], r[0])) if user == rank
+    ]
+    sizes = {key: factors[key].wire_size for key, _ in [*send, *receive]}
+    out = torch.cat([factors[key].to_wire() for key, _ in send]) if send else like.new_empty(0)
+    got = collectives.all_to_all(
+        out,
+        [sum(sizes[k] for k, u in send if u == other) for other in range(world)],
+        [sum(sizes[k] for k, s in receive if s == other) for other in range(world)],
+    )
     at = 0
-    for index in owned:
-        layer = layers[index]
-        sizes = [kron.packed_size(layer.side_a), 1, kron.packed_size(layer.outputs) if measured else 0]
-        packed_a, count, packed_g = torch.split(got.narrow(0, at, sum(sizes)), sizes)
-        at += sum(sizes)
-        g_OO = kron.unpack(packed_g, layer.outputs) if measured else None
-        out.append((index, WindowSums(kron.unpack(packed_a, layer.side_a), count[0], g_OO, got[-1])))
-    return out
+    for key, _ in receive:
+        factors[key].from_wire(got.narrow(0, at, sizes[key]))
+        at += sizes[key]

@@ -21,10 +21,13 @@ class GradientMethod(ABC):
     """Turns gradients into updates.
 
     Attributes:
-        owners: rank that owns each parameter that the method takes, in model order; the same on every rank.
+        workers: ranks that compute the update of each parameter that the method takes, its owner first, in model
+            order; the same on every rank.
+        owners: the first of them.
         rest: every other trainable parameter, with the reason why the base method takes it.
     """
 
+    workers: dict[str, tuple[int, ...]]
     owners: dict[str, int]
     rest: dict[str, str]
 
@@ -38,12 +41,13 @@ class GradientMethod(ABC):
         """
 
     @abstractmethod
-    def before_backward(self, scale: float | Tensor, terms: float | Tensor) -> None:
+    def before_backward(self, scale: float | Tensor, terms: float | Tensor, last: bool = False) -> None:
         """A micro-batch's backward pass is about to run.
 
         Args:
             scale: what brings its output gradients to the scale of one loss term.
             terms: loss terms that its loss was divided by.
+            last: no other micro-batch follows in this window.
         """
 
     @abstractmethod
@@ -72,7 +76,7 @@ class GradientMethod(ABC):
         """Updates of the parameters that this rank owns.
 
         Args:
-            gradients: flattened, averaged gradients by parameter name.
+            gradients: flattened, averaged gradients of the parameters that this rank works on, by name.
 
         Returns:
             The updates, flattened, by the same names; and the number of blocks that have a gradient but no usable
@@ -89,7 +93,11 @@ class GradientMethod(ABC):
 
     @abstractmethod
     def state_tensors(self) -> dict[str, Tensor]:
-        """State of the blocks that this rank owns, by a name that does not depend on the rank."""
+        """State of the blocks that this rank has to write, by a name that does not depend on the rank."""
+
+    @abstractmethod
+    def wants(self, name: str) -> bool:
+        """Whether this rank needs the tensor that `state_tensors` of some rank had under that name."""
 
     @abstractmethod
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -101,18 +109,15 @@ class GradientMethod(ABC):
 
     @abstractmethod
     def counters(self) -> dict[str, Any]:
-        """Host-side state as JSON: `{"common": {...}, "owned": {block: {...}}}`.
+        """Host-side state as JSON.
 
-        `common` is the same on every rank; `owned` is about the blocks that this rank owns, by their names.
+        Returns:
+            `common`, the same on every rank, and `owned`: by block, what its owner knows.
         """
 
     @abstractmethod
     def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """Take over what `counters` returned, with `owned` of all the ranks that wrote it.
-
-        There may have been another number of them: each rank looks up the blocks that it owns now, and one that is
-        not listed has nothing to tell.
-        """
+        """Take over what `counters` returned, with `owned` of all ranks together."""
 
     @abstractmethod
     def rules(self) -> dict[str, Rule]:

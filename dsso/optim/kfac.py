@@ -6,10 +6,9 @@ A = E[[x; 1][x; 1]^T] and G = E[g g^T], and the update is
     U = (G + l_G I)^-1 M (A + l_A I)^-1,        M = dL/dW, a bias as one more column       (M & G 2015, eq. 12)
 
 A and G are debiased moving averages: sums and counts decay alike, S <- beta S + sum, N <- beta N + count,
-average S/N. Factors and their Cholesky factors live on the layer's owner; statistics are reduced to it, gradients
-come to it and updates go back through `dsso.parallel.fragments`.
-
-Legend of shape suffixes: `I` inputs (+1 for a bias), `O` outputs.
+average S/N. Factors and their factorizations live on the owner that `dsso.parallel.placement` names; statistics are
+reduced to it, gradients come to it and updates go back through `dsso.parallel.fragments`. Layers that read the same
+tensor share one A. A wide side may be kept as leading eigenpairs and a mean tail, or be cut into blocks.
 
 Sources: Martens and Grosse 2015 (blocks, pi-split damping); Eschenhagen et al. 2023 (expand, reduce); Benzing 2022
 (forward-only: G = I); "Applying second order optimization to deep transformers with parameter-efficient tuning"
@@ -30,16 +29,17 @@ from torch import Tensor, nn
 from dsso.clip import ClipMode
 from dsso.config import StrictModel
 from dsso.curvature.hooks import Approximation, Capture
-from dsso.curvature.layers import KroneckerLayer, split_parameters
+from dsso.curvature.layers import split_parameters
 from dsso.errors import RecipeError, RunError
 from dsso.linalg.kron import DampingMode
-from dsso.optim._blocks import JITTERS, Block
+from dsso.optim._factor import Factor
+from dsso.optim._kfac_layout import layer_dims
+from dsso.optim._layer import LayerPair
+from dsso.optim._refresh import Refresh, Stagger
 from dsso.optim._rules import Rule
-from dsso.optim._statistics import window_sums
+from dsso.optim._statistics import Statistics
 from dsso.optim.base import GradientMethod
-from dsso.parallel import collectives
-from dsso.parallel.deferred import Deferred
-from dsso.parallel.placement import LayerDims, Placement, assign
+from dsso.parallel.placement import Placement, Strategy, assign
 from dsso.schedule import Interval, ScalarSchedule, bounded, value
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -95,8 +95,34 @@ class Config(StrictModel):
     """Largest norm over all trainable parameters and ranks, before the learning rate. A schedule."""
     kl_clip: float | None = Field(default=None, gt=0)
     """Bound on lr^2 <u, g>, on top of the clip; null: none."""
-    max_side: int = Field(default=16384, ge=1)
+    share_inputs: Literal["auto", "assume", "off"] = "auto"
+    """One A for layers that read the same tensor: found by trying, also through dropout, or never."""
+    token_stride: int = Field(default=1, ge=1)
+    """Measure every k-th token of a sequence only (`expand`); 1: all."""
+    low_rank: int | None = Field(default=None, ge=1)
+    """Keep sides above `low_rank_above` as so many leading eigenpairs and a mean tail; null: all dense."""
+    low_rank_above: int = Field(default=256, ge=1)
+    """With `low_rank`: sides up to this stay dense."""
+    block_side: int | None = Field(default=8192, ge=1)
+    """Cut wider sides into equal blocks along the diagonal of the factor; null: never."""
+    max_side: int = Field(default=65536, ge=1)
     """Layers with a wider side go to the base method."""
+    storage: Literal["float32", "bfloat16"] = "float32"
+    """Type in which dense factors and their factorizations are kept."""
+    stagger: bool = True
+    """Spread measurements and factorizations over their intervals, factor by factor."""
+    async_delay: int = Field(default=0, ge=0)
+    """Factorize in the background and use the result exactly so many steps later; 0: at once."""
+    strategy: Strategy = "memory_optimal"
+    """Who applies a layer's factors: its owner, every rank, or a fraction of the ranks."""
+    grad_worker_fraction: float = Field(default=0.5, gt=0, le=1)
+    """`hybrid_optimal`: fraction of the ranks that apply a layer's factors."""
+    bucket_mb: float = Field(default=25.0, gt=0)
+    """Megabytes (1e6 bytes) of statistics in a message."""
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of statistics on the wire; counts are always exact."""
+    overlap: bool = True
+    """Send a factor's statistics as soon as the backward pass is through with it."""
     exclude: list[str] = Field(default_factory=list)
     """Regular expressions on module paths: these layers go to the base method."""
     base: BaseConfig = BaseConfig()
@@ -108,16 +134,24 @@ class Method(GradientMethod):
 
     Args:
         config: its parameters.
-        model: the unwrapped model.
+        model: the unwrapped model, its weights whole.
         device: where factors live.
         rank, world_size: this process among those that share the layers.
+        example: keyword arguments of a small forward pass, to find out which layers read the same tensor; None:
+            those of a Hugging Face model are made up, other models share nothing.
 
     Raises:
         RecipeError: when the model has no layer for K-FAC, or a pattern of `exclude` is none.
     """
 
     def __init__(
-        self, config: Config, model: nn.Module, device: torch.device, rank: int, world_size: int
+        self,
+        config: Config,
+        model: nn.Module,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        example: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
         self.rank = rank
@@ -133,30 +167,53 @@ class Method(GradientMethod):
             )
         self.rest = split.rest
         self.layers = split.layers
-        self.placement: Placement = assign([self._dims(layer) for layer in self.layers], world_size)
-        self.owners = {
-            name: self.placement.owner[layer.name] for layer in self.layers for name in layer.parameters
+        dims = layer_dims(config, model, self.layers, example)
+        self.placement: Placement = assign(dims, world_size, config.strategy, config.grad_worker_fraction)
+        self.workers = {
+            name: self.placement.appliers[layer.name] for layer in self.layers for name in layer.parameters
         }
+        self.owners = {name: ranks[0] for name, ranks in self.workers.items()}
         doubles = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
-        self._dtype = torch.float64 if doubles else torch.float32
-        measured = config.fisher != "forward_only"
-        self.capture = Capture(model, self.layers, config.approximation, measured, self._dtype)
-        self.capture.take_g = config.fisher == "empirical"
-        self._device = device
-        like = torch.zeros((), dtype=self._dtype, device=device)
-        self._like = like
-        self._blocks = {
-            index: Block(layer, measured, like)
-            for index, layer in enumerate(self.layers)
-            if self.placement.owner[layer.name] == rank
+        dtype = torch.float64 if doubles else torch.float32
+        self._like = torch.zeros((), dtype=dtype, device=device)
+        narrow = config.storage == "bfloat16"
+        self.factors = {
+            f.key: Factor(f, self._like, torch.bfloat16 if narrow else dtype)
+            for f in self.placement.held_by(rank)
         }
-        self._failed = Deferred()
-        self._failures = 0
-        self._damping = value(config.damping, 0)
-        self._refreshed_at: int | None = None
+        a_keys = [one.a.key for one in dims]
+        g_keys = [None if one.g is None else one.g.key for one in dims]
+        self.capture = Capture(
+            model, self.layers, a_keys, g_keys, config.approximation, config.token_stride, dtype
+        )
+        self.capture.take_g = config.fisher == "empirical"
+        # The sampled Fisher's gradients come in a pass of their own, after the one that counts as the last.
+        self.statistics = Statistics(
+            self.capture,
+            self.placement,
+            self.factors,
+            rank,
+            self._like,
+            max(1, int(config.bucket_mb * 1e6 / (2 if config.wire_dtype == "bfloat16" else 4))),
+            torch.bfloat16 if config.wire_dtype == "bfloat16" else dtype,
+            config.overlap and config.fisher != "sampled",
+        )
+        pairs = list(zip(a_keys, g_keys, strict=True))
+        self.refresh = Refresh(
+            self.placement, self.factors, pairs, rank, self._like, config.damping_mode, config.async_delay
+        )
+        self._pairs = [
+            LayerPair(layer, self.factors[a], None if g is None else self.factors[g])
+            for layer, (a, g) in zip(self.layers, pairs, strict=True)
+            if rank in self.placement.appliers[layer.name]
+        ]
+        every = self.placement.factors
+        self._measured = Stagger({k: f.measure_cost(1024) for k, f in every.items()}, config.stagger)
+        self._factorized = Stagger({k: f.refresh_cost for k, f in every.items()}, config.stagger)
         self._steps = 0
         self._retry = False
-        self._floor = torch.zeros((), dtype=self._dtype, device=device)
+        self._started = False
+        self._loaded: Mapping[str, Tensor] = {}
         self._matrices = {n for n, p in model.named_parameters() if p.requires_grad and p.dim() > 1}
 
     def rules(self) -> dict[str, Rule]:
@@ -180,22 +237,20 @@ class Method(GradientMethod):
                 rules[name] = Rule("sgd", 1.0, decayed, config.momentum)
         return rules
 
-    def _dims(self, layer: KroneckerLayer) -> LayerDims:
-        return LayerDims(
-            layer.name, layer.side_a, 0 if self.config.fisher == "forward_only" else layer.outputs
-        )
-
     # -- a window -----------------------------------------------------------------------------------------------
 
     def begin_window(self, step: int, retry: bool) -> None:
-        """Decide whether the window's passes are measured."""
-        self.capture.reset()
-        self._retry = retry
-        self.capture.active = retry or self.config.factor_interval.due(step)
+        """Decide what the window's passes measure: all factors at first and after a loss, else those that are due."""
+        self._retry = retry or not self._started
+        every = list(self.placement.factors)
+        self.statistics.open(
+            every if self._retry else self._measured.due(self.config.factor_interval, step), step
+        )
 
-    def before_backward(self, scale: float | Tensor, terms: float | Tensor) -> None:
+    def before_backward(self, scale: float | Tensor, terms: float | Tensor, last: bool = False) -> None:
         """Set the scale of the output gradients to come and count the loss terms behind them."""
         self.capture.scale = scale
+        self.capture.last = last
         if self.capture.active:
             self.capture.terms = self.capture.terms + terms
 
@@ -210,164 +265,103 @@ class Method(GradientMethod):
             capture.take_a, capture.take_g = True, False
 
     def wants_sampled_pass(self) -> bool:
-        """True in measured windows of the sampled Fisher."""
-        return self.capture.active and self.config.fisher == "sampled"
+        """True in windows of the sampled Fisher that measure a G."""
+        return self.config.fisher == "sampled" and any(
+            key in self.capture.sums for key in self.capture.g_keys
+        )
 
     def measured_badly(self) -> Tensor | None:
         """Whether any sum of the window is not finite on this rank; None when nothing was measured."""
-        if not self.capture.active:
-            return None
-        bad = torch.zeros((), dtype=torch.bool, device=self._device)
-        for index in range(len(self.layers)):
-            sums = self.capture.sums(index)
-            if sums is not None:
-                # The trace is finite exactly when no squared entry on the diagonal overflowed or is NaN; any
-                # non-finite row shows there.
-                bad = bad | ~torch.isfinite(sums.a_II.diagonal().sum())
-                if sums.g_OO is not None:
-                    bad = bad | ~torch.isfinite(sums.g_OO.diagonal().sum())
-        return bad
+        return self.statistics.measured_badly()
 
     def update(self, step: int, bad: Tensor | None) -> None:
         """Reduce the window's sums to their owners, average, and factorize what is due."""
         self._steps = step + 1
-        self._retry_failed()
         if bad is not None:
-            self._average(bad)
-            self.capture.reset()
-        if self.config.inverse_interval.due(step) or self._retry or self._refreshed_at is None:
-            self._refresh(step)
+            self.statistics.average(bad, self.config.ema_decay)
+        every = list(self.placement.factors)
+        due = every if self._retry else self._factorized.due(self.config.inverse_interval, step)
+        self.refresh.run(due, step, value(self.config.damping, step), self.config.damping_floor)
+        self._started = True
         self._retry = False
-        self.capture.active = False
-
-    def _average(self, bad: Tensor) -> None:
-        """S <- beta S + sum and N <- beta N + count at the owners, in place; nothing where `bad`."""
-        for index, sums in window_sums(self.capture, self.placement, self.rank, self._like):
-            if sums is not None:
-                self._blocks[index].average(sums, bad, self.config.ema_decay)
-
-    # -- factorization ------------------------------------------------------------------------------------------
-
-    def _refresh(self, step: int) -> None:
-        """Factorize all owned layers with the damping of this step."""
-        self._damping = value(self.config.damping, step)
-        self._refreshed_at = step
-        self._floor = self.config.damping_floor * self._mean_curvature()
-        flags = [self._factorize(block) for block in self._blocks.values()]
-        for block in self._blocks.values():
-            block.attempt = 0
-        if flags:
-            self._failed.push(torch.stack(flags).to(torch.float32))
-
-    def _mean_curvature(self) -> Tensor:
-        """Mean over all layers of the product of their factors' mean eigenvalues; collective."""
-        total = self._like.new_zeros(1)
-        for block in self._blocks.values():
-            mean_a, mean_g = block.means()
-            total += mean_a * mean_g
-        return collectives.all_sum(total)[0] / len(self.layers)
-
-    def _factorize(self, block: Block, jitter: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
-        return block.factorize(self._damping, self.config.damping_mode, self._floor, jitter, dtype)
-
-    def _retry_failed(self) -> None:
-        """Factorize again, in fp64 and with jitter, what failed a step ago."""
-        flags = self._failed.pop()
-        if flags is None or not any(flags):
-            return
-        again = []
-        for flag, block in zip(flags, self._blocks.values(), strict=True):
-            self._failures += bool(flag)
-            if flag and block.attempt < len(JITTERS):
-                again.append(self._factorize(block, JITTERS[block.attempt], torch.float64))
-                block.attempt += 1
-            else:
-                # Good, or given up: the last good factors stay until the next refresh.
-                again.append(torch.zeros_like(block.ready))
-        self._failed.push(torch.stack(again).to(torch.float32))
 
     # -- the update ---------------------------------------------------------------------------------------------
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """U = G^-1 M A^-1 for the owned layers; zero for a layer without usable factors."""
+        """U = G^-1 M A^-1 for the layers that this rank applies; zero for a layer without usable factors."""
         updates: dict[str, Tensor] = {}
         waiting = self._like.clone()
-        for block in self._blocks.values():
-            found, waits = block.precondition(gradients)
+        for pair in self._pairs:
+            found, waits = pair.precondition(gradients)
             updates.update(found)
-            waiting = waiting + waits.to(waiting.dtype)
+            if self.owners[pair.layer.weight] == self.rank:
+                waiting = waiting + waits.to(waiting.dtype)
         return updates, waiting
 
     # -- state --------------------------------------------------------------------------------------------------
 
     def health(self) -> dict[str, float]:
         """Damping, age of the factors, failures and layers that wait for a usable pair (this rank's)."""
-        ready = [block.ready for block in self._blocks.values()]
+        ready = [pair.ready() for pair in self._pairs]
         return {
-            "damping": self._damping,
-            "factor_age": float(self._steps - 1 - self._refreshed_at)
-            if self._refreshed_at is not None
-            else -1.0,
-            "factor_failures": float(self._failures),
+            "damping": self.refresh.damping,
+            "factor_age": float(self.refresh.age(self._steps - 1)),
+            "factor_failures": float(self.refresh.failures),
             "layers_without_factors": float((~torch.stack(ready)).sum().item()) if ready else 0.0,
         }
 
     def state_bytes(self) -> int:
-        """Bytes of factors and Cholesky factors on this rank."""
-        return sum(t.numel() * t.element_size() for t in self.state_tensors().values())
+        """Bytes of factors and factorizations on this rank."""
+        tensors = [tensor for factor in self.factors.values() for tensor in factor.state().values()]
+        return sum(t.numel() * t.element_size() for t in [*tensors, *self.refresh.state_tensors().values()])
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Factors, weights and Cholesky factors by layer name."""
-        return {name: tensor for block in self._blocks.values() for name, tensor in block.state().items()}
+        """Tensors of the factors that this rank is the first owner of, and of its factorizations under way."""
+        kept: dict[str, Tensor] = {}
+        for key, factor in self.factors.items():
+            if self.placement.factor_owners[key][0] == self.rank:
+                kept |= factor.state()
+        return kept | self.refresh.state_tensors()
+
+    def wants(self, name: str) -> bool:
+        """Whether this rank keeps the factor that a tensor belongs to."""
+        layer, side = name.split("/")[:2]
+        return f"{layer}/{side}" in self.factors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the owned layers' state; the refresh age comes with `load_counters`."""
-        for key, mine in self.state_tensors().items():
-            if key not in tensors:
-                raise RunError(
-                    "the checkpoint lacks state of K-FAC",
-                    where=key,
-                    remedy="was it written by another model?",
-                )
-            found = tensors[key]
-            if found.shape != mine.shape:
-                raise RunError(
-                    "the checkpoint's state has another shape",
-                    where=key,
-                    got=tuple(found.shape),
-                    allowed=str(tuple(mine.shape)),
-                )
-            mine.copy_(found)
+        """Take over the state of the factors that this rank keeps; ages come with `load_counters`."""
+        for factor in self.factors.values():
+            for key, mine in factor.state().items():
+                if key not in tensors:
+                    raise RunError(
+                        "the checkpoint lacks state of K-FAC",
+                        where=key,
+                        remedy="was it written with another model, low_rank, block_side or share_inputs?",
+                    )
+                found = tensors[key]
+                if found.shape != mine.shape:
+                    raise RunError(
+                        "the checkpoint's state has another shape",
+                        where=key,
+                        got=tuple(found.shape),
+                        allowed=str(tuple(mine.shape)),
+                    )
+                mine.copy_(found)
+        self._loaded = tensors
 
     def counters(self) -> dict[str, Any]:
-        """Ages for all, pending retries by layer."""
-        failed = self._failed.peek() or [0.0] * len(self._blocks)
-        return {
-            "common": {
-                "refreshed_at": self._refreshed_at,
-                "damping": self._damping,
-                "steps": self._steps,
-            },
-            "owned": {
-                block.layer.name: {"attempt": block.attempt, "failed": flag}
-                for block, flag in zip(self._blocks.values(), failed, strict=True)
-                if block.attempt or flag
-            },
-        }
+        """Host-side state: `common`, the same on every rank, and `owned`, by factor, known to its owners only."""
+        common, owned = self.refresh.counters()
+        return {"common": {**common, "steps": self._steps, "started": self._started}, "owned": owned}
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
-        """Take over what the owners' `counters` returned, put together."""
-        common, owned = counters["common"], counters["owned"]
-        self._refreshed_at = common["refreshed_at"]
-        self._steps = int(common["steps"])
-        self._damping = float(common["damping"])
-        found = [owned.get(block.layer.name, {}) for block in self._blocks.values()]
-        for block, told in zip(self._blocks.values(), found, strict=True):
-            block.attempt = int(told.get("attempt", 0))
-        failed = [float(told.get("failed", 0.0)) for told in found]
-        if any(failed):
-            self._failed.push(torch.tensor(failed))
+        """Take over what `counters` returned, `owned` of all ranks together."""
+        common = counters["common"]
+        self._steps, self._started = int(common["steps"]), bool(common["started"])
+        self.refresh.load(common, counters["owned"], self._loaded)
+        self._loaded = {}
 
     def close(self) -> None:
         """Take the hooks off the model."""
         self.capture.remove()
+        self.refresh.close()

@@ -1,4 +1,4 @@
-"""Who holds which piece of every parameter, and moving whole gradients to their owners and updates back.
+"""Who holds which piece of every parameter, and moving whole gradients to who works on them and updates back.
 
 One table of spans serves every engine: a replica holds one span of everything, ZeRO-1/2 a slice of a flat buffer
 that may cut a parameter anywhere, ZeRO-3 an equal slice of each parameter. Two `all_to_all_single` a step move
@@ -99,40 +99,61 @@ class _Copy:
 
 
 class FragmentExchange:
-    """Moves whole parameters' worth of values between the holders of their pieces and one owner each.
+    """Moves whole parameters' worth of values between the holders of their pieces and those who work on them.
 
     Args:
         table: spans of every rank.
-        owners: rank that owns each parameter, for the parameters to be moved, in model order.
+        workers: ranks that work on each parameter, for the parameters to be moved, in model order. Each of them
+            gets all of it; a holder takes the answer from itself where it is one of them.
         rank: this rank.
+
+    Attributes:
+        owned: parameters that this rank works on.
     """
 
-    def __init__(self, table: SpanTable, owners: Mapping[str, int], rank: int) -> None:
+    def __init__(self, table: SpanTable, workers: Mapping[str, Sequence[int]], rank: int) -> None:
         self.rank = rank
-        self.owned = [name for name, owner in owners.items() if owner == rank]
+        self.owned = [name for name, ranks in workers.items() if rank in ranks]
         self.sizes = table.sizes
         world = len(table.ranks)
-        covers = {name: table.cover(name, owner) for name, owner in owners.items()}
-        # Holder side of "gather" (what I send) and of "scatter" (what I receive), owner by owner.
+        covers = {(name, w): table.cover(name, w) for name, ranks in workers.items() for w in ranks}
+
+        def answers(name: str, holder: int) -> int:
+            ranks = workers[name]
+            return holder if holder in ranks else ranks[holder % len(ranks)]
+
+        # Holder side of "gather" (what I send) and of "scatter" (what I receive), worker by worker.
         self._sent = [
-            [self._copy(s) for n, o in owners.items() if o == owner for r, s in covers[n] if r == rank]
-            for owner in range(world)
+            [
+                self._copy(s)
+                for n, ranks in workers.items()
+                if worker in ranks
+                for r, s in covers[n, worker]
+                if r == rank
+            ]
+            for worker in range(world)
         ]
         mine: dict[str, list[Span]] = {}
         for span in table.ranks[rank]:
             mine.setdefault(span.name, []).append(span)
         self._returned = [
-            [self._copy(s) for n, o in owners.items() if o == owner for s in mine.get(n, []) if s.numel]
-            for owner in range(world)
+            [self._copy(s) for n in workers if answers(n, rank) == worker for s in mine.get(n, []) if s.numel]
+            for worker in range(world)
         ]
-        # Owner side: what each holder sends me, and what I send back to each holder.
-        held = [[s for s in spans if s.name in owners and s.numel] for spans in table.ranks]
+        # Worker side: what each holder sends me, and what I send back to each holder.
+        held = [[s for s in spans if s.name in workers and s.numel] for spans in table.ranks]
         self._received = [
-            [self._copy(s) for n in self.owned for r, s in covers[n] if r == holder]
+            [self._copy(s) for n in self.owned for r, s in covers[n, rank] if r == holder]
             for holder in range(world)
         ]
         self._answered = [
-            [self._copy(s) for n in self.owned for s in held[holder] if s.name == n]
+            [
+                self._copy(s)
+                for n in self.owned
+                if answers(n, holder) == rank
+                for s in held[holder]
+                if s.name == n
+            ]
             for holder in range(world)
         ]
 

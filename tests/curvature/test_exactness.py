@@ -25,13 +25,11 @@ def _engine(model: nn.Module, **settings: Any) -> SingleEngine:
 
 def _factors(engine: SingleEngine) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Averages A and G of every layer."""
-    state = engine.optimizer.method.state_tensors()
-    names = sorted({key.split("/")[0] for key in state})
-    out = {}
-    for name in names:
-        g = state[f"{name}/g"] / state[f"{name}/g_weight"] if f"{name}/g" in state else None
-        out[name] = (state[f"{name}/a"] / state[f"{name}/a_weight"], g)
-    return out
+    method = engine.optimizer.method
+    return {
+        layer.name: (method.factors[layer.a.key].matrix(), layer.g and method.factors[layer.g.key].matrix())
+        for layer in method.placement.layers
+    }
 
 
 def _with_bias(layer: nn.Linear) -> Tensor:

@@ -17,34 +17,6 @@ def _spd(dim: int, seed: int) -> torch.Tensor:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    outputs=st.integers(1, 7),
-    inputs=st.integers(1, 7),
-    seed=st.integers(0, 10**6),
-    damping=st.floats(1e-4, 1.0),
-)
-def test_solve_is_the_damped_kronecker_inverse(outputs: int, inputs: int, seed: int, damping: float) -> None:
-    a_II, g_OO = _spd(inputs, seed), _spd(outputs, seed + 1)
-    m_OI = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    shift = torch.tensor(damping, dtype=torch.float64)
-    chol_a, failed_a = kron.cholesky(a_II, shift)
-    chol_g, failed_g = kron.cholesky(g_OO, shift)
-    assert not failed_a
-    assert not failed_g
-    u_OI = kron.solve(m_OI, chol_g, chol_a)
-    eye_a, eye_g = torch.eye(inputs).double(), torch.eye(outputs).double()
-    # Row-major vec: vec(G M A) = (G (x) A^T) vec(M).
-    dense = torch.kron(g_OO + damping * eye_g, a_II + damping * eye_a)
-    wanted = torch.linalg.solve(dense, m_OI.reshape(-1)).view(outputs, inputs)
-    torch.testing.assert_close(u_OI, wanted, rtol=1e-8, atol=1e-8 * wanted.abs().max().item())
-
-
-def test_identity_sides() -> None:
-    m_OI = torch.randn(3, 4)
-    assert torch.equal(kron.solve(m_OI, None, None), m_OI)
-
-
-@settings(max_examples=40, deadline=None)
 @given(mean_a=st.floats(1e-8, 1e8), mean_g=st.floats(1e-8, 1e8), damping=st.floats(1e-6, 1.0))
 def test_split_has_the_product_it_claims(mean_a: float, mean_g: float, damping: float) -> None:
     a, g = torch.tensor(mean_a, dtype=torch.float64), torch.tensor(mean_g, dtype=torch.float64)
@@ -70,7 +42,9 @@ def test_relative_damping_keeps_the_direction_under_rescaling(scale_a: float, sc
 
     def step(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         split = kron.split_damping(kron.mean_eigenvalue(a), kron.mean_eigenvalue(g), 0.01, "relative")
-        return kron.solve(m_OI, kron.cholesky(g, split.lambda_g)[0], kron.cholesky(a, split.lambda_a)[0])
+        chol_g, _ = kron.cholesky(g + split.lambda_g * torch.eye(4).double())
+        chol_a, _ = kron.cholesky(a + split.lambda_a * torch.eye(5).double())
+        return torch.cholesky_solve(torch.cholesky_solve(m_OI, chol_g).mT, chol_a).mT
 
     u, v = step(a_II, g_OO), step(a_II * scale_a, g_OO * scale_g)
     torch.testing.assert_close(v * scale_a * scale_g, u, rtol=1e-7, atol=1e-10)
@@ -91,21 +65,12 @@ def test_zero_factor_is_not_usable_and_does_no_harm() -> None:
 def test_failure_is_a_tensor_not_an_exception(value: float) -> None:
     x_DD = torch.eye(3)
     x_DD[1, 1] = value
-    _, failed = kron.cholesky(x_DD, torch.tensor(0.1))
+    _, failed = kron.cholesky(x_DD + 0.1 * torch.eye(3))
     assert failed.shape == ()
     assert failed
 
 
 def test_jitter_rescues_what_rounding_made_indefinite() -> None:
     x_DD = torch.ones(4, 4) - 1e-6 * torch.eye(4)
-    assert kron.cholesky(x_DD, torch.tensor(0.0))[1]
-    assert not kron.cholesky(x_DD.double(), torch.tensor(0.0), jitter=1e-4)[1]
-
-
-@settings(max_examples=20, deadline=None)
-@given(dim=st.integers(1, 9))
-def test_packing_round_trip(dim: int) -> None:
-    x_DD = _spd(dim, dim)
-    packed = kron.pack(x_DD)
-    assert packed.shape == (kron.packed_size(dim),)
-    assert torch.equal(kron.unpack(packed, dim), torch.triu(x_DD) + torch.triu(x_DD, 1).mT)
+    assert kron.cholesky(x_DD)[1]
+    assert not kron.cholesky(x_DD.double(), jitter=1e-4)[1]

@@ -128,7 +128,7 @@ def test_a_non_finite_batch_changes_nothing_and_is_counted(base: str, poison: fl
     _step(engine, 3, poison)
     after = _snapshot(engine)
     for name, value in before.items():
-        assert torch.equal(value, after[name]) or name.endswith(("chol_a", "chol_g")), name
+        assert torch.equal(value, after[name]) or name.endswith("/square"), name
     assert engine.health()["skipped_steps"] == 1
     assert engine.health()["consecutive_skips"] == 1
     _step(engine, 4)
@@ -169,21 +169,24 @@ def test_lora_like_zero_start_gets_its_factors_without_waiting_for_the_interval(
 def test_a_failed_factorization_keeps_the_last_good_one_and_is_retried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from dsso.optim import _blocks
+    from dsso.optim import _factor
 
-    engine = _engine(_net(), factor_interval=1, inverse_interval=1)
+    def chol() -> Tensor:
+        return engine.optimizer.method.state_tensors()["first/a/0/square"].tril().clone()
+
+    engine = _engine(_net(), factor_interval=1, inverse_interval=1, stagger=False)
     _step(engine, 0)
-    good = engine.optimizer.method.state_tensors()["first/chol_a"].clone()
-    real, calls = _blocks.kron.cholesky, []
+    good = chol()
+    real, calls = _factor.kron.cholesky, []
 
-    def failing(x: Tensor, shift: Tensor, jitter: float = 0.0) -> tuple[Tensor, Tensor]:
+    def failing(x: Tensor, jitter: float = 0.0) -> tuple[Tensor, Tensor]:
         calls.append((x.dtype, jitter))
-        factor, failed = real(x, shift, jitter)
+        factor, failed = real(x, jitter)
         return factor, torch.ones_like(failed) if x.dtype == torch.float32 else failed
 
-    monkeypatch.setattr(_blocks.kron, "cholesky", failing)
+    monkeypatch.setattr(_factor.kron, "cholesky", failing)
     _step(engine, 1)
-    assert torch.equal(engine.optimizer.method.state_tensors()["first/chol_a"], good)
+    assert torch.equal(chol(), good)
     assert engine.health()["layers_without_factors"] == 0  # the good ones are in use
     calls.clear()
     engine.optimizer.method.config = engine.optimizer.method.config.model_copy(
@@ -192,9 +195,9 @@ def test_a_failed_factorization_keeps_the_last_good_one_and_is_retried(
     _step(engine, 2)
     assert {dtype for dtype, _ in calls} == {torch.float64}
     assert all(jitter > 0 for _, jitter in calls)
-    assert not torch.equal(engine.optimizer.method.state_tensors()["first/chol_a"], good)
-    assert engine.health()["factor_failures"] == 2  # both layers, once
-    assert torch.isfinite(engine.optimizer.method.state_tensors()["first/chol_a"]).all()
+    assert not torch.equal(chol(), good)
+    assert engine.health()["factor_failures"] == 4  # both factors of both layers, once
+    assert torch.isfinite(chol()).all()
 
 
 def test_zero_gradient_is_a_zero_step() -> None:

@@ -75,8 +75,11 @@ def test_gather_then_scatter(layout: str, lengths: list[int], world: int, seed: 
     whole = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
     # The last parameter is left to its holders.
     names = list(sizes)[:-1] or list(sizes)
-    owners = {name: int(torch.randint(world, (1,), generator=generator)) for name in names}
-    ranks = [FragmentExchange(table, owners, rank) for rank in range(world)]
+    # One worker a parameter, or several.
+    workers = {
+        name: tuple(torch.randperm(world, generator=generator)[: 1 + seed % world].tolist()) for name in names
+    }
+    ranks = [FragmentExchange(table, workers, rank) for rank in range(world)]
     buffers = [_buffers(table, rank, whole) for rank in range(world)]
 
     patch = pytest.MonkeyPatch()
@@ -107,14 +110,14 @@ def test_gather_then_scatter(layout: str, lengths: list[int], world: int, seed: 
                 patch.setattr(collectives, "all_to_all", deliver)
                 if phase == "gather":
                     got = ranks[rank].gather(buffers[rank])
-                    assert list(got) == [n for n in names if owners[n] == rank]
+                    assert list(got) == [n for n in names if rank in workers[n]]
                     for name, value in got.items():
                         assert torch.equal(value, whole[name])
                 else:
                     ranks[rank].scatter({n: whole[n] * 2 for n in ranks[rank].owned}, buffers[rank])
     finally:
         patch.undo()
-    doubled = {name: whole[name] * (2 if name in owners else 1) for name in sizes}
+    doubled = {name: whole[name] * (2 if name in workers else 1) for name in sizes}
     for rank in range(world):
         for mine, wanted in zip(buffers[rank], _buffers(table, rank, doubled), strict=True):
             assert torch.equal(mine, wanted)
