@@ -9,6 +9,7 @@ With bf16 the trained weights are kept in fp32 and gathered in bf16, gradients a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -71,7 +72,7 @@ class FSDP2Engine(EngineBase):
         spans = [Span(n, self._starts[n], b.numel(), i, 0) for i, (n, b) in enumerate(self._buffers.items())]
         self._verify()
         # What still refers to the whole parameters lets them go.
-        self._first = next(iter(self._weights.values()))
+        self._first = next(module.parameters())
         optimizer.param_groups[0]["params"] = list(self._buffers.values())
         optimizer.attach(list(self._buffers.values()), spans, sizes)
 
@@ -94,6 +95,10 @@ class FSDP2Engine(EngineBase):
             units.append(unit)
         for unit in units:
             reduce_unused(unit, units)
+        # T5's blocks return the position bias as a view and do not edit it.
+        warnings.filterwarnings(
+            "ignore", r"FSDP2-wrapped module \(FSDPT5Block\) returned a view", UserWarning
+        )
         if hasattr(module, "generate"):
             register_fsdp_forward_method(module, "generate")
         return units

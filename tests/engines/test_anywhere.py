@@ -28,6 +28,7 @@ BEFORE = [
     Leg("straight-bf16", "single", "bf16", last=LAST),
 ]
 WRITTEN = [Leg(f"zero{stage}", str(stage)) for stage in range(4)] + [Leg("zero2-bf16", "2", "bf16")]
+WRITTEN += [Leg("fsdp2", "fsdp2"), Leg("ddp", "ddp"), Leg("fsdp2-bf16", "fsdp2", "bf16")]
 MOVED = [
     Leg("zero2-to-3", "3", load="zero2", first=3, last=LAST),
     Leg("zero3-to-1", "1", load="zero3", first=3, last=LAST),
@@ -35,12 +36,20 @@ MOVED = [
     Leg("zero0-to-2", "2", load="zero0", first=3, last=LAST),
     Leg("single-to-zero2", "2", load="single", first=3, last=LAST),
     Leg("single-to-zero3", "3", load="single", first=3, last=LAST),
+    Leg("zero3-to-fsdp2", "fsdp2", load="zero3", first=3, last=LAST),
+    Leg("fsdp2-to-zero2", "2", load="fsdp2", first=3, last=LAST),
+    Leg("fsdp2-to-ddp", "ddp", load="fsdp2", first=3, last=LAST),
+    Leg("ddp-to-fsdp2", "fsdp2", load="ddp", first=3, last=LAST),
+    Leg("single-to-fsdp2", "fsdp2", load="single", first=3, last=LAST),
+    Leg("zero2-bf16-to-fsdp2", "fsdp2", "bf16", load="zero2-bf16", first=3, last=LAST),
+    Leg("fsdp2-bf16-to-zero1", "1", "bf16", load="fsdp2-bf16", first=3, last=LAST),
     Leg("zero2-bf16-to-3", "3", "bf16", load="zero2-bf16", first=3, last=LAST),
     Leg("zero2-bf16-to-0", "0", "bf16", load="zero2-bf16", first=3, last=LAST),
     Leg("single-bf16-to-zero1", "1", "bf16", load="single-bf16", first=3, last=LAST),
 ]
 AFTER = [
     Leg("zero2-to-single", "single", load="zero2", first=3, last=5),
+    Leg("fsdp2-to-single", "single", load="fsdp2", first=3, last=LAST),
     Leg("zero3-to-single", "single", load="zero3", first=3, last=LAST),
     Leg("zero2-bf16-to-single", "single", "bf16", load="zero2-bf16", first=3, last=LAST),
     # the masters are fp32 in any case
@@ -49,6 +58,8 @@ AFTER = [
 CHAIN = [
     Leg("two-one-four-zero3", "3", load="zero2-to-single", first=5, last=LAST),
     Leg("two-one-four-zero1", "1", load="zero2-to-single", first=5, last=LAST),
+    Leg("two-one-four-fsdp2", "fsdp2", load="zero2-to-single", first=5, last=LAST),
+    Leg("two-one-four-ddp", "ddp", load="zero2-to-single", first=5, last=LAST),
 ]
 
 

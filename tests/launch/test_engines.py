@@ -48,18 +48,28 @@ def same(mine: Path, theirs: Path) -> None:
         assert one["eval"]["metrics"] == pytest.approx(other["eval"]["metrics"], rel=1e-3)
 
 
+UNEVEN = ("--set", "dsso.task.eval_examples=11")
+"""The ranks' shares of the evaluation are of different size."""
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped recipe in one process."""
+    out = tmp_path_factory.mktemp("engines") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        assert train(patch, "--ds_config", SHIPPED, "--output_dir", out, *UNEVEN) == 0
+    return out
+
+
 @pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
 def test_a_shipped_recipe_does_what_one_process_does(
-    engine: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    engine: str, one: Path, tmp_path: Path, command: Command
 ) -> None:
-    # 11 examples to evaluate: the ranks' shares are uneven
-    uneven = ("--set", "dsso.task.eval_examples=11")
-    done = run(command, SHIPPED, tmp_path / "two", engine, *uneven)
+    done = run(command, SHIPPED, tmp_path / "two", engine, *UNEVEN)
     assert done.returncode == 0, done.stdout + done.stderr
     note = f"note: zero_optimization (stage) is DeepSpeed's and is not used: {engine} "
     assert done.stderr.count(note) == 1
-    assert train(monkeypatch, "--ds_config", SHIPPED, "--output_dir", tmp_path / "one", *uneven) == 0
-    same(tmp_path / "two", tmp_path / "one")
+    same(tmp_path / "two", one)
     assert summary(tmp_path / "two")["world_size"] == 2
     assert config(tmp_path / "two")["resolved"]["dsso"]["engine"] == engine
     assert {row["owner"] for row in config(tmp_path / "two")["parameters"]} >= {0, 1}
