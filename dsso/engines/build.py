@@ -87,7 +87,7 @@ def build(model: nn.Module, resolved: Any, environment: Environment | None = Non
     ds_config["gradient_clipping"] = 0.0
     ds_config["zero_allow_untested_optimizer"] = True
     engine = _engine(resolved, environment)
-    if environment.rank == 0:
+    if environment.rank == 0 and engine == resolved.dsso.engine:
         for note in resolved.notes:
             sys.stderr.write(f"note: {note}\n")
     bf16 = bool(ds_config.get("bf16", {}).get("enabled"))

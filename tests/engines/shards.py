@@ -6,16 +6,19 @@ Rank 0 writes a JSON line a scenario: its name and the problems found (none is g
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import sys
 import tempfile
 import traceback
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from dsso.engines import launch_environment, make_optimizer, start
 from dsso.engines.ddp import DDPEngine
@@ -166,8 +169,14 @@ def shards(trained: str) -> list[str]:
         for block in net.blocks:
             block.side.requires_grad_(True)
     start_ = {n: p.detach().clone() for n, p in net.named_parameters()}
+    whole = [weakref.ref(p) for p in net.parameters()]
     e = engine("fsdp2", net=net, **EAGER)
     problems = []
+    step(e, 9)
+    gc.collect()
+    kept = sum(ref() is not None and not isinstance(ref(), DTensor) for ref in whole)
+    if kept:
+        problems.append(f"{kept} whole parameters stay in memory")
     for name, weight in e._weights.items():
         held = gather_objects(weight.to_local().numel())
         if sum(held) != start_[name].numel():
@@ -327,6 +336,7 @@ def main() -> None:
     start(launch_environment(), 1.0)
     torch.set_num_threads(1)
     plan: list[tuple[Any, tuple[Any, ...]]] = [(refusals, ())]
+    only = sys.argv[2:]
     for kind in ("fsdp2", "ddp"):
         plan += [(nan_on_one_rank, (kind, dtype)) for dtype in ("float32", "bfloat16")]
         plan += [(rank_0_decides, (kind,)), (evaluation_within_a_window, (kind,))]
@@ -338,6 +348,8 @@ def main() -> None:
     plan += [(shards, (trained,)) for trained in ("all", "adapters")]
     plan += [(text_is_written_as_by_one_process, (peft,)) for peft in ("none", "lora")]
     for scenario, arguments in plan:
+        if only and scenario.__name__ not in only:
+            continue
         report(out, scenario, arguments)
     torch.distributed.destroy_process_group()
 
