@@ -52,6 +52,9 @@ _KINDS: dict[Kind, tuple[type, ...]] = {
 _NAMES_ANYWHERE = {"data_types.keep_in_fp32_modules", "pipeline.stages"}
 """Paths where DeepSpeed itself knows what `"auto"` means."""
 
+_OF_METHODS = {"optimizer.params.share_inputs"}
+"""Paths where `"auto"` is a choice of the method's own."""
+
 _FILLED = {
     *BATCH_KEYS,
     "gradient_clipping",
@@ -147,7 +150,7 @@ def _check_name(path: str, key: str, known: Iterable[str]) -> None:
 def check_auto(raw: Mapping[str, Any]) -> None:
     """`"auto"` stands only where something fills it in."""
     for path in _autos({key: value for key, value in raw.items() if key != "dsso"}):
-        if path in _NAMES_ANYWHERE or path in _FILLED or path.startswith("zero_optimization."):
+        if path in _NAMES_ANYWHERE | _OF_METHODS | _FILLED or path.startswith("zero_optimization."):
             continue
         raise RecipeError(
             "'auto' cannot be filled in here",
