@@ -5,10 +5,12 @@ checkpoints/
   step_00000200/        what the engine wrote, and
     run/rank_00000.pt   what one rank needs besides (random number generators, running sums)
     manifest.json       written last: step, world size, size and SHA-256 of every other file
-  latest                name of the newest one, the file that DeepSpeed's own tools read
-  .writing-…            one that is being written; a crash leaves it behind, the next save removes it
+  latest                name of the newest one, for people and scripts; nothing here reads it
+  .writing-…            one that is being written or removed; a crash leaves it behind, the next save removes it
+  .replaced-step_…      one whose step is being written again, until the new one is in its place
 ```
-A directory without a manifest, or whose files differ from it, is never loaded: the one before is used.
+A directory without a manifest, or whose files differ from it, is never loaded: the one before is used. At every
+moment the newest that was whole is still there under one of its names, so a process may be killed at any time.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ LATEST = "latest"
 FORMAT = 1
 _TAG = re.compile(r"step_(\d{8,})")
 _HIDDEN = ".writing-"
+_REPLACED = ".replaced-"
 
 
 class CheckpointError(RunError):
@@ -59,8 +62,8 @@ class Checkpoint:
 
     @property
     def tag(self) -> str:
-        """Name of the directory."""
-        return self.path.name
+        """Its name."""
+        return tag_of(self.step)
 
 
 @dataclass(frozen=True)
@@ -136,12 +139,19 @@ def find(directory: Path) -> tuple[list[Checkpoint], list[Skipped]]:
     """
     good, bad = [], []
     paths = [path for path in directory.glob("step_*") if path.is_dir() and _TAG.fullmatch(path.name)]
-    for path in sorted(paths, key=lambda path: int(path.name.removeprefix("step_")), reverse=True):
+    # killed between the two renames of a replacement
+    paths += [path for path in directory.glob(f"{_REPLACED}step_*") if not _home(path).exists()]
+    for path in sorted(paths, key=_step, reverse=True):
         try:
             good.append(read(path))
         except ValueError as error:
             bad.append(Skipped(path, str(error)))
     return good, bad
+
+
+def _home(replaced: Path) -> Path:
+    """Where a checkpoint was before it made room for another one of its step."""
+    return replaced.with_name(replaced.name.removeprefix(_REPLACED))
 
 
 def locate(path: Path) -> Path:
@@ -233,15 +243,20 @@ class Checkpointer:
         barrier()
         return self.directory / tag
 
-    def load(self, engine: Engine, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    def load(self, engine: Engine, checkpoint: Checkpoint) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Read a checkpoint back; every rank calls it.
 
         Returns:
-            `state` and `rank_state` as they were given to `save`.
+            `state` as it was given to `save`, and what it was given as `rank_state`: this rank's own alone where there
+            are as many ranks as there were, else those of all ranks that wrote it, in their order.
         """
-        state = engine.load_checkpoint(checkpoint.path.parent, checkpoint.tag)
-        rank_state = torch.load(_rank_file(checkpoint.path), map_location="cpu", weights_only=True)
-        return state, rank_state
+        state = engine.load_checkpoint(checkpoint.path.parent, checkpoint.path.name)
+        same = checkpoint.world_size == world_size()
+        ranks = [rank()] if same else range(checkpoint.world_size)
+        return state, [
+            torch.load(_rank_file(checkpoint.path, one), map_location="cpu", weights_only=True)
+            for one in ranks
+        ]
 
     def drop_after(self, step: int) -> None:
         """Remove, on rank 0, what is newer than `step`: a resumed run writes those again."""
@@ -249,11 +264,35 @@ class Checkpointer:
             for path in self.directory.glob("step_*"):
                 found = _TAG.fullmatch(path.name)
                 if found and int(found[1]) > step:
-                    shutil.rmtree(path)
+                    self._remove(path)
+            for path in self.directory.glob(f"{_REPLACED}step_*"):
+                if _step(path) > step:
+                    self._remove(path)
+            good, _ = find(self.directory)
+            if good:
+                write_text(self.directory / LATEST, tag_of(good[0].step))
+            else:
+                (self.directory / LATEST).unlink(missing_ok=True)
         barrier()
+
+    def _remove(self, path: Path, ignore_errors: bool = False) -> None:
+        """Remove a checkpoint: out of sight in one piece first, so that no half of it is ever found."""
+        aside = self.directory / f"{_HIDDEN}removed-{path.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            path.rename(aside)
+            shutil.rmtree(aside)
+        except OSError:
+            if not ignore_errors:
+                raise
 
     def _make_room(self, hidden: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
+        for replaced in self.directory.glob(f"{_REPLACED}step_*"):
+            if _home(replaced).exists():
+                self._remove(replaced)
+            else:
+                replaced.rename(_home(replaced))
         for leftover in self.directory.glob(f"{_HIDDEN}*"):
             shutil.rmtree(leftover)
         (hidden / "run").mkdir(parents=True)
@@ -262,20 +301,21 @@ class Checkpointer:
         self, engine: Engine, hidden: Path, state: Mapping[str, Any], rank_state: Mapping[str, Any]
     ) -> None:
         engine.save_checkpoint(self.directory, hidden.name, state)
-        torch.save(dict(rank_state), _rank_file(hidden))
+        torch.save(dict(rank_state), _rank_file(hidden, rank()))
 
     def _publish(self, hidden: Path, tag: str, manifest: Mapping[str, Any]) -> None:
         write_json(hidden / MANIFEST, manifest)
-        _sync_directory(hidden)
-        final = self.directory / tag
-        if (
-            final.exists()
-        ):  # the same step again, e.g. after a resume: the old one goes only when the new is whole
-            final.rename(self.directory / f"{_HIDDEN}old-{tag}")
+        # Names reach the disk with their folder, and an older checkpoint may go as soon as this one is in place.
+        for folder in (*(path for path in hidden.rglob("*") if path.is_dir()), hidden):
+            _sync_directory(folder)
+        final, replaced = self.directory / tag, self.directory / f"{_REPLACED}{tag}"
+        if final.exists():  # the same step again, e.g. after a resume: found under its other name meanwhile
+            final.rename(replaced)
         hidden.rename(final)
         _sync_directory(self.directory)
         write_text(self.directory / LATEST, tag)
-        shutil.rmtree(self.directory / f"{_HIDDEN}old-{tag}", ignore_errors=True)
+        if replaced.exists():
+            self._remove(replaced, ignore_errors=True)
 
     def _prune(self, step: int, best_step: int | None) -> None:
         good, bad = find(self.directory)
@@ -286,7 +326,7 @@ class Checkpointer:
         for path in [*(one.path for one in good), *(one.path for one in bad)]:
             if path not in kept:
                 # what cannot be removed today is tried again after the next save
-                shutil.rmtree(path, ignore_errors=True)
+                self._remove(path, ignore_errors=True)
 
     def _agree(self, action: Any, *arguments: Any, what: str, on_rank_0: bool = False) -> list[Any]:
         """Run `action` on every rank (or on rank 0), gather results, raise on all if one of them failed."""
@@ -358,8 +398,12 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _rank_file(directory: Path) -> Path:
-    return directory / "run" / f"rank_{rank():05d}.pt"
+def _rank_file(directory: Path, who: int) -> Path:
+    return directory / "run" / f"rank_{who:05d}.pt"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("_")[2])
 
 
 def _seal_files(directory: Path) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ from dsso.preempt import StopRequest, control_device
 from dsso.tasks.data import Batch, global_batch, micro_batches
 from dsso.tasks.evaluate import per_term_losses
 from launch.best import Best
-from launch.prepare import Job
+from launch.prepare import Job, seed_everything
 from launch.progress import Progress
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Loop:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint was written; every rank calls it."""
-        state, own = self.checkpoints.load(self.engine, checkpoint)
+        state, ranks = self.checkpoints.load(self.engine, checkpoint)
         self.step = checkpoint.step
         self.seconds = state["seconds"]
         self.last_loss = state["last_loss"]
@@ -90,8 +90,20 @@ class Loop:
         if self._noop is not None and state["noop"] is not None:
             self._noop.restore(state["noop"])
         self.best.restore(state["best"], checkpoint.path.parent.parent / "best")
-        self._sums.copy_(own["sums"])
-        set_rng_state(own["rng"])
+        if checkpoint.world_size == self.job.world_size:
+            self._sums.copy_(ranks[0]["sums"])
+            set_rng_state(ranks[0]["rng"])
+        else:
+            # Random streams belong to ranks: others begin here. Sums are added up over ranks when they are logged.
+            seed_everything(self.job.seed, self.job.rank, self.step)
+            if self.job.rank == 0:
+                self._sums.copy_(torch.stack([one["sums"] for one in ranks]).sum(0))
+        # What is logged is a mean over micro-batches, of which a window may have another number now.
+        self._sums[:2] *= self._micro_batches() / state["micro_batches"]
+
+    def _micro_batches(self) -> int:
+        """Micro-batches of a window, over all ranks."""
+        return self.job.world_size * self.engine.gradient_accumulation_steps
 
     def run(self) -> Outcome:
         """Train until the last step, until patience is out, or until a signal.
@@ -227,6 +239,7 @@ class Loop:
             "skips": self._guard.state(),
             "noop": self._noop.state() if self._noop is not None else None,
             "best": self.best.state(),
+            "micro_batches": self._micro_batches(),
         }
         own = {"rng": rng_state(), "sums": self._sums.cpu()}
         info = {"best_step": self.best.step}

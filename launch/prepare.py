@@ -71,7 +71,7 @@ def prepare(arguments: Arguments, rank: int, world_size: int) -> Job:
     if config.train.max_steps is not None:
         written.resolved(world_size)  # what is wrong is told before data and model are read
     output_dir = _output_dir(arguments, written)
-    resume = plan(output_dir, arguments.resume, arguments.overwrite, world_size)
+    resume = plan(output_dir, arguments.resume, arguments.overwrite)
 
     seed_everything(config.train.seed)
     task = tasks.load_task(config.task, config.train.seed)
@@ -99,9 +99,15 @@ def prepare(arguments: Arguments, rank: int, world_size: int) -> Job:
     )
 
 
-def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed python, numpy and torch; ranks get streams of their own (dropout), rank 0 the seed itself."""
-    mixed = (seed + 1_000_003 * rank) % 2**32
+def seed_everything(seed: int, rank: int = 0, step: int = 0) -> None:
+    """Seed python, numpy and torch; ranks get streams of their own (dropout), rank 0 at step 0 the seed itself.
+
+    Args:
+        seed: of the recipe.
+        rank: this process.
+        step: where streams begin that cannot go on, because there are other ranks than before.
+    """
+    mixed = (seed + 1_000_003 * rank + 7_368_787 * step) % 2**32
     random.seed(mixed)
     np.random.seed(mixed)
     torch.manual_seed(mixed)

@@ -9,17 +9,31 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsso import checkpoint
 from dsso.checkpoint import Checkpoint, Skipped
+from dsso.engines.portable import describe
 from dsso.errors import RecipeError
+
+if TYPE_CHECKING:
+    from dsso.engines.protocol import Engine
 
 OUTPUTS = ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "best", "adapter")
 """What a run writes; `--overwrite` removes these and nothing else."""
-_MUST_AGREE = ("optimizer.type", "zero_optimization.stage", "dsso.model", "dsso.peft", "dsso.task.head")
+_MUST_AGREE = (
+    "optimizer.type",
+    "optimizer.params.base.type",
+    "scheduler.type",
+    "dsso.model.name",
+    "dsso.model.init",
+    "dsso.model.revision",
+    "dsso.peft",
+    "dsso.task.head",
+)
 """A checkpoint cannot be read when one of these is another."""
-_MAY_DIFFER = ("dsso.output_dir", "dsso.comment")
+_MAY_DIFFER = ("dsso.output_dir", "dsso.comment", "dsso.engine", "zero_optimization.stage")
+"""Of these nothing is said, or what the checkpoint itself tells."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +55,13 @@ class Resume:
         return self.candidates[0].path.parent.parent if self.candidates else None
 
 
-def plan(output_dir: Path, resume: str, overwrite: bool, world_size: int) -> Resume:
+def plan(output_dir: Path, resume: str, overwrite: bool) -> Resume:
     """Decide how the run starts.
 
     Args:
         output_dir: where it will write.
         resume: `none`, `auto` or a path.
         overwrite: `--overwrite`.
-        world_size: ranks of this run.
 
     Raises:
         RecipeError: the directory holds another run, or nothing usable is at the path.
@@ -76,7 +89,7 @@ def plan(output_dir: Path, resume: str, overwrite: bool, world_size: int) -> Res
         if candidates[0].path.parent.parent.resolve() != output_dir.resolve():
             if present and not overwrite:
                 raise _holds_another(output_dir, present)
-            return _same_size(Resume(candidates, skipped, present), world_size)
+            return Resume(candidates, skipped, present)
         later = [
             one for one in checkpoint.find(candidates[0].path.parent)[0] if one.step > candidates[0].step
         ]
@@ -88,7 +101,7 @@ def plan(output_dir: Path, resume: str, overwrite: bool, world_size: int) -> Res
                 remedy="--resume auto goes on from the newest, --overwrite removes what came later,"
                 " another --output_dir keeps it",
             )
-    return _same_size(Resume(candidates, skipped, notes=notes), world_size)
+    return Resume(candidates, skipped, notes=notes)
 
 
 def _candidates(directory: Path) -> tuple[tuple[Checkpoint, ...], tuple[Skipped, ...]]:
@@ -117,19 +130,6 @@ def _start_again(output_dir: Path, skipped: tuple[Skipped, ...]) -> tuple[str, .
     return (f"{output_dir} has {which}: starting from the beginning",)
 
 
-def _same_size(found: Resume, world_size: int) -> Resume:
-    for newest in found.candidates[:1]:
-        if newest.world_size != world_size:
-            raise RecipeError(
-                f"{newest.path} was written by {newest.world_size} rank(s)",
-                where="--resume",
-                got=f"{world_size} rank(s)",
-                allowed=f"{newest.world_size} rank(s): this version goes on at the same number only",
-                remedy=f"start it with {newest.world_size}",
-            )
-    return found
-
-
 def compare(found: Resume, recipe: Mapping[str, Any]) -> Resume:
     """Compare the recipe with the one that the checkpoint was written with.
 
@@ -154,21 +154,54 @@ def compare(found: Resume, recipe: Mapping[str, Any]) -> Resume:
             found, notes=(*found.notes, "no config.json beside the checkpoint: recipes not compared")
         )
     changes = []
+    notes = []
     now = dict(_leaves(json.loads(json.dumps(recipe))))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or key.startswith(_MAY_DIFFER):
-            continue
-        if key.startswith(_MUST_AGREE):
-            raise RecipeError(
-                f"differs from the run that wrote {newest.path}",
-                where=key,
-                got=now.get(key),
-                allowed=repr(before.get(key)),
-                remedy="resume with the same model, adapters, optimizer and stage, or start a new run",
-            )
+    different = [
+        key
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(_MAY_DIFFER)
+    ]
+    for must in _MUST_AGREE:  # the broadest first: another optimizer has other parameters as well
+        for key in different:
+            if key.startswith(must):
+                raise RecipeError(
+                    f"differs from the run that wrote {newest.path}",
+                    where=key,
+                    got=now.get(key),
+                    allowed=repr(before.get(key)),
+                    remedy="resume with the same model, adapters and optimizer, or start a new run",
+                )
+    for key in different:
         changes.append(f"{key}: {before.get(key)!r} -> {now.get(key)!r}")
-    notes = (f"the recipe has changed since: {'; '.join(changes)}",) if changes else ()
+    if changes:
+        notes.append(f"the recipe has changed since: {'; '.join(changes)}")
+    if any(change.startswith("train_batch_size:") for change in changes):
+        notes.append(
+            "warning: another global batch: from here on other examples are taken in a step than before"
+        )
     return replace(found, notes=(*found.notes, *notes))
+
+
+def moved(start: Checkpoint, engine: Engine) -> str | None:
+    """What to tell when a checkpoint goes on in another place than it was written in.
+
+    Args:
+        start: the checkpoint.
+        engine: the engine that goes on with it.
+    """
+    before = describe(start.path)
+    was = _place(before["world_size"], before["engine"], before["stage"])
+    now = _place(engine.world_size, engine.name, engine.stage)
+    if was == now:
+        return None
+    told = f"written by {was}, goes on with {now}"
+    if before["world_size"] != engine.world_size:
+        told += ": to rounding; random numbers (dropout) begin anew"
+    return told
+
+
+def _place(ranks: int, engine: str, stage: int | None) -> str:
+    return f"{ranks} rank{'s' if ranks > 1 else ''} ({engine if stage is None else f'ZeRO {stage}'})"
 
 
 def _leaves(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:

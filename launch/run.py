@@ -17,6 +17,7 @@ from dsso.preempt import StopRequest
 from launch.finish import finish
 from launch.loop import Loop
 from launch.prepare import Job, seed_everything
+from launch.resume import moved
 
 if TYPE_CHECKING:
     from dsso.engines.protocol import Engine
@@ -48,6 +49,9 @@ def run(job: Job, place: engines.Environment) -> int:
         log = MetricsLog(job.output_dir / "metrics.jsonl" if job.rank == 0 else None, step)
         loop = Loop(job, engine, stop, log)
         if start is not None:
+            change = moved(start, engine)
+            if change is not None:
+                _say(job, f"{start.path.name}: {change}")
             loop.resume(start)
             _say(job, f"going on from {start.path} (step {start.step})")
         elif job.resume.candidates:

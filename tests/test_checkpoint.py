@@ -64,7 +64,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert skipped == []
     engine = FakeEngine()
     engine.payload = b""
-    state, own = keeper.load(engine, found[0])
+    state, (own,) = keeper.load(engine, found[0])
     assert (state, own["own"], engine.payload) == ({"step": 7}, 7, b"weights" * 100)
     assert (keeper.directory / "latest").read_text() == path.name
 
@@ -212,6 +212,9 @@ def test_what_is_newer_is_dropped(tmp_path: Path) -> None:
         save(keeper, step)
     keeper.drop_after(1)
     assert tags(keeper) == ["latest", "step_00000001"]
+    assert (tmp_path / "latest").read_text() == "step_00000001"
+    keeper.drop_after(0)
+    assert tags(keeper) == []
 
 
 def test_paths_that_a_user_may_give(tmp_path: Path) -> None:
@@ -266,7 +269,7 @@ def _two_ranks(number: int, directory: str, queue: Any) -> None:
         good = []
     chosen, skipped = checkpoint.newest(good)
     assert chosen is not None
-    _, own = keeper.load(FakeEngine(), chosen)
+    _, (own,) = keeper.load(FakeEngine(), chosen)
     queue.put(
         (number, told, chosen.step, chosen.world_size, sorted(chosen.files), len(skipped), int(own["own"]))
     )

@@ -1,25 +1,20 @@
-"""What all engines share: windows, the scale of measured gradients, reports, dsso's part of checkpoints."""
+"""What all engines share: windows, the scale of measured gradients, reports, checkpoints."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsso.curvature.masks import TokenMasks
+from dsso.engines import portable
 from dsso.errors import RunError
 from dsso.optim._partition import PartitionOptimizer
 from dsso.parallel import collectives
-
-STATE_DIRECTORY = "dsso"
-"""Folder of a checkpoint that holds the method's state, one file a rank, keyed by layer name."""
 
 
 class EngineBase:
@@ -31,6 +26,10 @@ class EngineBase:
         device: of this rank.
         gradient_accumulation_steps: micro-batches a window.
         micro_batch_size: examples per rank and micro-batch.
+
+    Attributes:
+        shapes: full shape of every trainable parameter, by name.
+        pending: micro-batches of a window that has not had its step.
     """
 
     def __init__(
@@ -51,15 +50,31 @@ class EngineBase:
         self.global_steps = 0
         self._window_open = False
         self._sampling = False
-        self._backward_passes = 0
         self._terms: float | Tensor = 1.0
         self._labels = TokenMasks(module) if optimizer.method is not None else None
-        self._shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if p.requires_grad}
+        trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.shapes = {n: tuple(p.shape) for n, p in trainable.items()}
+        self.pending = 0
+        self._first = next(iter(trainable.values()))
 
     # -- to be given by the engine ------------------------------------------------------------------------------
 
     def _loss_scale(self) -> float:
         return 1.0
+
+    def publish_weights(self) -> None:
+        """Make the weights that the model computes with agree with the optimizer's; collective.
+
+        Called when a checkpoint has been read into the optimizer's buffers. Nothing to do where they are the same
+        tensors.
+        """
+
+    def engine_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the engine itself, as JSON; the same on all ranks."""
+        return {}
+
+    def load_engine_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `engine_state` returned; empty when another engine wrote the checkpoint."""
 
     # -- passes -------------------------------------------------------------------------------------------------
 
@@ -70,6 +85,7 @@ class EngineBase:
             self.optimizer.begin_window()
 
     def _before_backward(self, terms: float | Tensor | None) -> None:
+        self.pending += 1
         method = self.optimizer.method
         if method is None:
             return
@@ -83,8 +99,7 @@ class EngineBase:
                 "or give the model its labels",
             )
         self._terms = terms
-        self._backward_passes += 1
-        last = self._backward_passes == self.gradient_accumulation_steps
+        last = self.pending == self.gradient_accumulation_steps
         method.before_backward(self._scale(terms), terms, last)
 
     def _scale(self, terms: float | Tensor) -> float | Tensor:
@@ -138,7 +153,7 @@ class EngineBase:
 
     def _after_step(self) -> None:
         self._window_open = False
-        self._backward_passes = 0
+        self.pending = 0
         self.global_steps += 1
 
     # -- reports ------------------------------------------------------------------------------------------------
@@ -161,6 +176,21 @@ class EngineBase:
         figures["loss_scale"] = self._loss_scale()
         return figures
 
+    @property
+    def stage(self) -> int | None:
+        """ZeRO stage, where there are stages."""
+        return None
+
+    @property
+    def name(self) -> str:
+        """Name of the engine, as a recipe writes it."""
+        return type(self).__name__.removesuffix("Engine").lower()
+
+    @property
+    def dtype(self) -> str:
+        """Number format of the weights that the model computes with."""
+        return str(self._first.dtype).removeprefix("torch.")
+
     def table(self) -> list[dict[str, Any]]:
         """Rows `parameter, shape, method, owner, reason` for every trainable parameter."""
         method = self.optimizer.method
@@ -175,58 +205,43 @@ class EngineBase:
                 "owner": owners.get(parameter),
                 "reason": reasons.get(parameter, ""),
             }
-            for parameter, shape in self._shapes.items()
+            for parameter, shape in self.shapes.items()
         ]
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank."""
         return self.optimizer.state_bytes()
 
+    @staticmethod
+    def _known(tensors: Mapping[str, Tensor], weights: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors, when all of them are weights of the model.
+
+        Raises:
+            RunError: one of them has no counterpart, or another number of elements.
+        """
+        for name, value in tensors.items():
+            if name not in weights:
+                raise RunError("the model has no such parameter", where="engine.load_weights", got=name)
+            # Under ZeRO stage 3 the parameter itself is empty.
+            wanted = getattr(weights[name], "ds_numel", weights[name].numel())
+            if value.numel() != wanted:
+                raise RunError(
+                    f"the parameter {name} has another size",
+                    where="engine.load_weights",
+                    got=value.numel(),
+                    allowed=str(wanted),
+                )
+        return dict(tensors)
+
     # -- checkpoints --------------------------------------------------------------------------------------------
 
-    def _save_method(self, directory: Path) -> None:
-        """Write this rank's part of the method's state, by layer name."""
-        folder = directory / STATE_DIRECTORY
-        folder.mkdir(parents=True, exist_ok=True)
-        method = self.optimizer.method
-        tensors = {} if method is None else method.state_tensors()
-        problem: Exception | None = None
-        try:
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                folder / f"method_rank{self.rank:05d}.safetensors",
-            )
-            text = json.dumps(self.optimizer.extra_state())
-            (folder / f"counters_rank{self.rank:05d}.json").write_text(text, encoding="utf-8")
-        except Exception as error:  # a full disk: the other ranks wait below
-            problem = error
-        collectives.barrier()
-        if problem is not None:
-            raise problem
+    def save_checkpoint(self, save_dir: str | Path, tag: str, client_state: Mapping[str, Any]) -> None:
+        """Write `save_dir/tag/`; collective. Any engine can read it, at any number of ranks."""
+        portable.write(self, Path(save_dir) / tag, client_state)
 
-    def _load_method(self, directory: Path) -> None:
-        """Read back the layers that this rank owns now, whichever rank wrote them."""
-        folder = directory / STATE_DIRECTORY
-        files = sorted(folder.glob("method_rank*.safetensors"))
-        counters = sorted(folder.glob("counters_rank*.json"))
-        if not files or not counters:
-            raise RunError("the checkpoint holds no state of the method", where=str(folder))
-        mine = counters[self.rank] if self.rank < len(counters) else counters[0]
-        method = self.optimizer.method
-        if method is not None:
-            found: dict[str, Tensor] = {}
-            for file in files:
-                with safe_open(file, framework="pt", device="cpu") as archive:
-                    for name in archive.keys():  # noqa: SIM118 -- an archive is no mapping
-                        if method.wants(name):
-                            found[name] = archive.get_tensor(name)
-            method.load_state_tensors(found)
-        state: dict[str, Any] = json.loads(mine.read_text(encoding="utf-8"))
-        if state["method"] is not None:
-            # Every owner knows of its own blocks.
-            parts = [json.loads(file.read_text(encoding="utf-8"))["method"]["owned"] for file in counters]
-            state["method"]["owned"] = {name: value for part in parts for name, value in part.items()}
-        self.optimizer.load_extra_state(state)
+    def load_checkpoint(self, load_dir: str | Path, tag: str) -> dict[str, Any]:
+        """Read what any engine's `save_checkpoint` wrote; collective. Returns the client state."""
+        return portable.read(self, Path(load_dir) / tag)
 
     def _close_hooks(self) -> None:
         if self.optimizer.method is not None:

@@ -14,9 +14,7 @@ Where the partition is:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +25,9 @@ from dsso.errors import RecipeError, RunError
 from dsso.optim._partition import PartitionOptimizer
 from dsso.parallel import collectives
 from dsso.parallel.fragments import Span
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""State of DeepSpeed's dynamic loss scaler."""
 
 
 class DeepSpeedEngine(EngineBase):
@@ -69,7 +70,6 @@ class DeepSpeedEngine(EngineBase):
             int(config["gradient_accumulation_steps"]),
             int(config["train_micro_batch_size_per_gpu"]),
         )
-        self._frozen_weights = any(not p.requires_grad for p in module.parameters())
         optimizer.dry_run = True
         self._ds, _, _, self.scheduler = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
@@ -224,54 +224,47 @@ class DeepSpeedEngine(EngineBase):
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, save_dir: str | Path, tag: str, client_state: Mapping[str, Any]) -> None:
-        """Write `save_dir/tag/`; collective. Frozen weights are left out: they come from the model's source."""
-        failed: list[Exception] = []
-        with self._collecting(failed):
-            self._ds.save_checkpoint(
-                str(save_dir),
-                tag=tag,
-                client_state={"dsso_client": dict(client_state), "dsso_steps": self.global_steps},
-                save_latest=False,
-                exclude_frozen_parameters=self._frozen_weights,
-            )
-        try:
-            self._save_method(Path(save_dir) / tag)
-        except Exception as error:
-            failed.append(error)
-        if failed:
-            raise failed[0]
+    def publish_weights(self) -> None:
+        """Let DeepSpeed make the working weights from the master weights, as after a step."""
+        zero = self._ds.optimizer
+        if self.stage == 3:
+            zero.checkpoint_event_prologue()
+            for group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            zero.checkpoint_event_epilogue()
+        elif hasattr(zero, "update_lp_params"):
+            zero.update_lp_params()
+        elif hasattr(zero, "fp32_groups"):
+            for copies, models in zip(zero.fp32_groups, zero.fp16_groups, strict=True):
+                for copy, model in zip(copies, models, strict=True):
+                    model.data.copy_(copy.data)
+        self._verify(*self._layout())
 
-    @contextmanager
-    def _collecting(self, failed: list[Exception]) -> Iterator[None]:
-        """Keep errors of writing until all ranks have passed DeepSpeed's barriers: a full disk must not hang them."""
-        writer = self._ds.checkpoint_engine
-        save = writer.save
+    def engine_state(self) -> dict[str, Any]:
+        """Steps that DeepSpeed dropped, and its loss scale."""
+        state: dict[str, Any] = {"skipped_steps": int(self._ds.skipped_steps), "dropped": self._dropped}
+        scaler = self._dynamic_scaler()
+        if scaler is not None:
+            state["loss_scaler"] = {name: getattr(scaler, name) for name in _SCALER}
+        return state
 
-        def collecting(*arguments: Any, **options: Any) -> None:
-            try:
-                save(*arguments, **options)
-            except Exception as error:
-                failed.append(error)
+    def _dynamic_scaler(self) -> Any:
+        scaler = getattr(self._ds.optimizer, "loss_scaler", None) if self._ds.fp16_enabled() else None
+        return scaler if getattr(scaler, "dynamic", False) else None
 
-        writer.save = collecting
-        try:
-            yield
-        finally:
-            del writer.save  # the class's own is visible again
-
-    def load_checkpoint(self, load_dir: str | Path, tag: str) -> dict[str, Any]:
-        """Read what `save_checkpoint` wrote; collective."""
-        path, state = self._ds.load_checkpoint(
-            str(load_dir), tag=tag, load_module_strict=not self._frozen_weights
-        )
-        if path is None:
-            raise RunError("DeepSpeed could not load the checkpoint", where=str(Path(load_dir) / tag))
-        self.optimizer.adopt(self._layout()[0])
-        self.global_steps = int(state["dsso_steps"])
-        self._load_method(Path(load_dir) / tag)
-        client: dict[str, Any] = state["dsso_client"]
-        return client
+    def load_engine_state(self, state: Mapping[str, Any]) -> None:
+        """Take over counters and loss scale; a static scale stays that of the recipe."""
+        ds = self._ds
+        ds.global_steps = self.global_steps
+        # Checkpoints are written between windows, so the number of micro-batches follows from that of steps.
+        ds.micro_steps = self.global_steps * self.gradient_accumulation_steps
+        ds.global_samples = self.global_steps * ds.train_batch_size()
+        ds.skipped_steps = int(state.get("skipped_steps", 0))
+        self._dropped = int(state.get("dropped", 0))
+        scaler = self._dynamic_scaler()
+        if scaler is not None:
+            for name, value in state.get("loss_scaler", {}).items():
+                setattr(scaler, name, value)
 
     def gathered_state_dict(self, trainable_only: bool = True) -> dict[str, Tensor]:
         """Full parameters by name on the CPU of rank 0, empty elsewhere; collective."""
@@ -285,6 +278,18 @@ class DeepSpeedEngine(EngineBase):
                 if self.rank == 0:
                     out[name] = parameter.detach().cpu().clone()
         return out
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite weights; see `dsso.engines.protocol.Engine.load_weights`."""
+        parameters = dict(self.module.named_parameters())
+        for name, value in self._known(tensors, parameters).items():
+            sharded: Any = parameters[name] if self.stage == 3 else None
+            if sharded is not None:
+                sharded.all_gather()
+            parameters[name].data.copy_(value)
+            if sharded is not None:
+                sharded.partition(has_been_updated=True)
 
     def close(self) -> None:
         """Take the hooks off the model and let DeepSpeed release what it holds."""

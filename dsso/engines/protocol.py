@@ -28,6 +28,14 @@ class Engine(Protocol):
     global_steps: int
     """Optimizer steps taken, skipped ones included."""
 
+    @property
+    def name(self) -> str:
+        """Name of the engine, as a recipe writes it."""
+
+    @property
+    def stage(self) -> int | None:
+        """ZeRO stage, where there are stages."""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass of the model, in the engine's precision."""
 
@@ -81,13 +89,32 @@ class Engine(Protocol):
         """Bytes of optimizer state on this rank, counted from its tensors."""
 
     def save_checkpoint(self, save_dir: str | Path, tag: str, client_state: Mapping[str, Any]) -> None:
-        """Write `save_dir/tag/`; every rank calls it. `client_state` is the loop's own, the same on all ranks."""
+        """Write `save_dir/tag/` between two windows; every rank calls it.
+
+        Args:
+            save_dir: directory of checkpoints.
+            tag: name of this one.
+            client_state: JSON of the loop's own, the same on all ranks.
+        """
 
     def load_checkpoint(self, load_dir: str | Path, tag: str) -> dict[str, Any]:
-        """Read what `save_checkpoint` wrote; returns the client state."""
+        """Read what any engine's `save_checkpoint` wrote, at any number of ranks; returns the client state."""
 
     def gathered_state_dict(self, trainable_only: bool = True) -> dict[str, Tensor]:
         """Full parameters by name on the CPU of rank 0 (empty elsewhere); every rank calls it."""
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the weights that the model computes with, for an evaluation; every rank calls it.
+
+        An engine that steps copies of its own (fp32 masters, ZeRO's partitions) leaves those as they are: a step
+        taken afterwards goes on from them.
+
+        Args:
+            tensors: full parameters by name, the same on every rank; the others stay.
+
+        Raises:
+            RunError: a name or a size that the model does not have.
+        """
 
     def close(self) -> None:
         """Release process groups and hooks."""

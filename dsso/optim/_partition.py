@@ -13,7 +13,7 @@ All decisions that need a device value are taken on the device, or one step late
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
     Attributes:
         steps: calls of `step` so far; skipped ones count, steps that the engine itself dropped do not.
         consecutive_skips, skipped: non-finite steps, known one step late.
+        table: the layout of all ranks, once attached.
         dry_run: set while an engine is being built, which may step once to have states allocated.
     """
 
@@ -80,6 +81,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self.steps = 0
         self.skipped = 0
         self.consecutive_skips = 0
+        self.table = SpanTable({}, ())
         self.dry_run = False
         self._buffers: list[Tensor] = []
         self._pieces: list[_Piece] = []
@@ -111,6 +113,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         """
         table = SpanTable.collect(sizes, spans)
         table.check()
+        self.table = table
         me, world = collectives.rank(), collectives.world_size()
         self._buffers = list(buffers)
         owners = {} if self.method is None else self.method.owners
@@ -146,24 +149,15 @@ class PartitionOptimizer(torch.optim.Optimizer):
     def _allocate(self) -> None:
         """Moments of every buffer, in full and at once: state is complete from the start.
 
-        They are kept as flat tensors under the names that engines know (`exp_avg`, `exp_avg_sq`, `step`), so that
-        the engine's own checkpoints hold them.
+        They are kept as flat tensors under the names that engines know (`exp_avg`, `exp_avg_sq`, `step`).
         """
-        second = any(piece.rule.name == "adamw" for piece in self._pieces)
-        first = second or any(piece.rule.momentum for piece in self._pieces)
+        kept = {moment for piece in self._pieces for moment in piece.rule.moments}
         for buffer in self._buffers:
             state = self.state[buffer]
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=buffer.device)
-                if first:
-                    state["exp_avg"] = torch.zeros_like(buffer, requires_grad=False)
-                if second:
-                    state["exp_avg_sq"] = torch.zeros_like(buffer, requires_grad=False)
-
-    def adopt(self, buffers: Sequence[Tensor]) -> None:
-        """Follow an engine that made new tensors for its partitions (on loading a checkpoint); same layout."""
-        self._buffers = list(buffers)
-        self._allocate()
+                for moment in sorted(kept):
+                    state[moment] = torch.zeros_like(buffer, requires_grad=False)
 
     # -- a window -----------------------------------------------------------------------------------------------
 
@@ -358,10 +352,24 @@ class PartitionOptimizer(torch.optim.Optimizer):
         )
         return own + (self.method.state_bytes() if self.method is not None else 0)
 
+    def views(self, spans: Iterable[Span]) -> Iterator[tuple[str, Span, Tensor]]:
+        """Where weights and moments lie: `(kind, span, 1-D view)`; only moments that the parameter's rule keeps.
+
+        Args:
+            spans: of this rank, or parts of them.
+        """
+        for span in spans:
+            buffer = self._buffers[span.buffer]
+            state = self.state[buffer]
+            for kind in ("weight", *self.rules[span.name].moments):
+                whole = buffer.detach() if kind == "weight" else state[kind]
+                yield kind, span, self._flat(whole).narrow(0, span.offset, span.numel)
+
     def extra_state(self) -> dict[str, Any]:
-        """Host-side state, the same on all ranks; tensors go through the method and the engine."""
+        """Host-side state, the same on all ranks but for what the method says of the blocks that a rank owns."""
         return {
             "steps": self.steps,
+            "base_steps": float(self.state[self._buffers[0]]["step"].item()),
             "skipped": self.skipped,
             "consecutive_skips": self.consecutive_skips,
             "retry": self._retry,
@@ -371,8 +379,10 @@ class PartitionOptimizer(torch.optim.Optimizer):
         }
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `extra_state` returned."""
+        """Take over what `extra_state` returned, the parts of all ranks put together by `merge_extra_states`."""
         self.steps = int(state["steps"])
+        for buffer in self._buffers:
+            self.state[buffer]["step"].fill_(float(state["base_steps"]))
         self.skipped = int(state["skipped"])
         self.consecutive_skips = int(state["consecutive_skips"])
         self._retry = bool(state["retry"])
@@ -381,3 +391,17 @@ class PartitionOptimizer(torch.optim.Optimizer):
             self._outcome.push(torch.tensor(state["outcome"]))
         if self.method is not None and state["method"] is not None:
             self.method.load_counters(state["method"])
+
+
+def merge_extra_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One `extra_state` from those of all ranks: what is common from the first, owned blocks from their owners.
+
+    Args:
+        states: in rank order, of however many ranks there were.
+    """
+    merged = dict(states[0])
+    methods = [state["method"] for state in states if state["method"] is not None]
+    if methods:
+        owned = {name: block for method in methods for name, block in method["owned"].items()}
+        merged["method"] = {"common": methods[0]["common"], "owned": owned}
+    return merged

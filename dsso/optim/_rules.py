@@ -40,6 +40,13 @@ class Rule:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of the moments that the rule keeps."""
+        if self.name == "adamw":
+            return ("exp_avg", "exp_avg_sq")
+        return ("exp_avg",) if self.momentum else ()
+
 
 def apply_sgd(
     rule: Rule, parameters: list[Tensor], updates: list[Tensor], momenta: list[Tensor], lr: float, bad: Tensor

@@ -54,15 +54,17 @@ def break_loop() -> None:
 
 
 def fill_disk() -> None:
-    """Let the engine's own writing meet a full disk, as torch reports it."""
-    save = torch.save
+    """Let the engine's own writing meet a full disk."""
+    from dsso.engines import portable
 
-    def full(value: Any, file: Any, *more: Any, **options: Any) -> None:
+    save = portable.save_file
+
+    def full(tensors: Any, file: Path) -> None:
         if f"step_{int(WHEN):08d}" in str(file):
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(value, file, *more, **options)
+        save(tensors, file)
 
-    torch.save = full
+    portable.save_file = full
 
 
 if MINE:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,3 +93,16 @@ def config(run: Path) -> dict[str, Any]:
 def checkpoints(run: Path) -> list[str]:
     """Names of the checkpoints of a run."""
     return sorted(path.name for path in (run / "checkpoints").glob("step_*"))
+
+
+def partitions(run: Path, step: int = 10) -> dict[str, torch.Tensor]:
+    """Weights and moments in a checkpoint, put together: `kind/parameter` to a 1-D tensor."""
+    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for file in (run / "checkpoints" / f"step_{step:08d}" / "dsso").glob("partition_rank*.safetensors"):
+        for key, tensor in safetensors.torch.load_file(file).items():
+            name, _, start = key.rpartition("@")
+            parts.setdefault(name, []).append((int(start), tensor))
+    return {
+        name: torch.cat([tensor for _, tensor in sorted(pieces, key=lambda one: one[0])])
+        for name, pieces in parts.items()
+    }

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from launch.loop import Loop
-from tests.launch.runs import checkpoints, config, lines, summary, train, write_recipe
+from tests.launch.runs import checkpoints, config, lines, partitions, summary, train, write_recipe
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -122,10 +122,7 @@ def test_an_interrupted_run_goes_on_exactly(
     assert f"going on from {out}/checkpoints/step_{step:08d} (step {step})" in capfd.readouterr().out
     assert lines(out) == lines(whole)
     assert lines(out, steps=False) == lines(whole, steps=False)
-    mine, theirs = (
-        safetensors.torch.load_file(run / "checkpoints" / "step_00000010" / "single.safetensors")
-        for run in (out, whole)
-    )
+    mine, theirs = partitions(out), partitions(whole)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert [one["step"] for one in config(out)["starts"]] == [0, step]
@@ -174,12 +171,15 @@ def test_a_checkpoint_cut_short_is_skipped_and_it_is_said(
     copied: Path, tmp_path: Path, monkeypatch: Patch, capfd: Capture, whole: Path
 ) -> None:
     newest = copied / "checkpoints" / "step_00000010"
-    file = newest / "single.safetensors"
+    file = newest / "dsso" / "partition_rank00000.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     arguments = ("--ds_config", write_recipe(tmp_path), "--output_dir", copied, "--resume", "auto")
     assert train(monkeypatch, *arguments) == 0
     told = capfd.readouterr().out
-    assert f"checkpoint {newest} is skipped: single.safetensors has 100 bytes instead of" in told
+    assert (
+        f"checkpoint {newest} is skipped: dsso/partition_rank00000.safetensors has 100 bytes instead of"
+        in told
+    )
     assert f"going on from {copied}/checkpoints/step_00000008" in told
     assert lines(copied) == lines(whole)
 
@@ -236,14 +236,27 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert words in capfd.readouterr().err
 
 
-def test_another_number_of_ranks_is_refused(
+def test_a_checkpoint_in_other_files_is_refused_and_left_alone(
     copied: Path, tmp_path: Path, monkeypatch: Patch, capfd: Capture
 ) -> None:
     for name in checkpoints(copied):
-        path = copied / "checkpoints" / name / "manifest.json"
-        path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 2'))
+        folder = copied / "checkpoints" / name
+        (folder / "dsso" / "engine.json").unlink()
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["files"]["dsso/engine.json"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     arguments = ("--ds_config", write_recipe(tmp_path), "--output_dir", copied, "--resume", "auto")
-    assert train(monkeypatch, *arguments) == 2
-    told = capfd.readouterr().err
-    assert "was written by 2 rank(s)" in told
-    assert "remedy: start it with 2" in told
+    assert train(monkeypatch, *arguments) == 1
+    assert "the checkpoint has no dsso/engine.json" in capfd.readouterr().err
+    assert checkpoints(copied) == ["step_00000008", "step_00000010"]
+
+
+def test_another_global_batch_is_said(
+    copied: Path, tmp_path: Path, monkeypatch: Patch, capfd: Capture
+) -> None:
+    recipe = write_recipe(tmp_path, {"gradient_accumulation_steps": 1, "dsso.train.max_steps": 12})
+    assert train(monkeypatch, "--ds_config", recipe, "--output_dir", copied, "--resume", "auto") == 0
+    told = capfd.readouterr().out
+    assert "train_batch_size: 8 -> 4" in told
+    assert "warning: another global batch" in told
+    assert summary(copied)["steps"] == 12
