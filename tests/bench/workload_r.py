@@ -47,7 +47,8 @@ class Block(nn.Module):
         batch, tokens, _ = x.shape
         h = self.norm1(x)
         q, k, v = (
-            one(h).view(batch, tokens, HEADS, WIDTH // HEADS).transpose(1, 2) for one in (self.q, self.k, self.v)
+            one(h).view(batch, tokens, HEADS, WIDTH // HEADS).transpose(1, 2)
+            for one in (self.q, self.k, self.v)
         )
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, WIDTH)
         x = x + self.o(h)
