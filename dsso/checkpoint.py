@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dsso.errors import RecipeError, RunError
+from dsso.errors import OtherRankError, RecipeError, RunError
 from dsso.parallel.collectives import barrier, gather_objects, rank, world_size
 
 if TYPE_CHECKING:
@@ -295,6 +295,8 @@ class Checkpointer:
                 replaced.rename(_home(replaced))
         for leftover in self.directory.glob(f"{_HIDDEN}*"):
             shutil.rmtree(leftover)
+        for aside in self.directory.glob(f".{LATEST}.*"):
+            aside.unlink()
         (hidden / "run").mkdir(parents=True)
 
     def _write(
@@ -334,6 +336,8 @@ class Checkpointer:
         if rank() == 0 or not on_rank_0:
             try:
                 result = action(*arguments)
+            except OtherRankError:
+                pass  # that rank tells it itself
             except Exception as error:
                 problem = _words(error, self.directory)
         reports = gather_objects((result, problem))
