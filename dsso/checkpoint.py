@@ -154,8 +154,12 @@ def _home(replaced: Path) -> Path:
     return replaced.with_name(replaced.name.removeprefix(_REPLACED))
 
 
-def locate(path: Path) -> Path:
+def locate(path: Path, where: str = "--resume") -> Path:
     """Directory to look for checkpoints in, for what a user may give: a run, its checkpoints, or one of them.
+
+    Args:
+        path: what was given.
+        where: the argument, for the message.
 
     Raises:
         RecipeError: nothing of that kind is there.
@@ -169,9 +173,10 @@ def locate(path: Path) -> Path:
         return path
     raise RecipeError(
         "no checkpoint is there",
-        where="--resume",
+        where=where,
         got=str(path),
-        allowed="auto, none, a run's output directory, its checkpoints/ directory, or one checkpoint in it",
+        allowed=("auto, none, " if where == "--resume" else "")
+        + "a run's output directory, its checkpoints/ directory, or one checkpoint in it",
     )
 
 
