@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dsso.errors import RecipeError, RunError
+from dsso.errors import OtherRankError, RecipeError, RunError
 from dsso.parallel.collectives import barrier, gather_objects, rank, world_size
 
 if TYPE_CHECKING:
@@ -154,8 +154,12 @@ def _home(replaced: Path) -> Path:
     return replaced.with_name(replaced.name.removeprefix(_REPLACED))
 
 
-def locate(path: Path) -> Path:
+def locate(path: Path, where: str = "--resume") -> Path:
     """Directory to look for checkpoints in, for what a user may give: a run, its checkpoints, or one of them.
+
+    Args:
+        path: what was given.
+        where: the argument, for the message.
 
     Raises:
         RecipeError: nothing of that kind is there.
@@ -169,9 +173,10 @@ def locate(path: Path) -> Path:
         return path
     raise RecipeError(
         "no checkpoint is there",
-        where="--resume",
+        where=where,
         got=str(path),
-        allowed="auto, none, a run's output directory, its checkpoints/ directory, or one checkpoint in it",
+        allowed=("auto, none, " if where == "--resume" else "")
+        + "a run's output directory, its checkpoints/ directory, or one checkpoint in it",
     )
 
 
@@ -295,6 +300,8 @@ class Checkpointer:
                 replaced.rename(_home(replaced))
         for leftover in self.directory.glob(f"{_HIDDEN}*"):
             shutil.rmtree(leftover)
+        for aside in self.directory.glob(f".{LATEST}.*"):
+            aside.unlink()
         (hidden / "run").mkdir(parents=True)
 
     def _write(
@@ -334,6 +341,8 @@ class Checkpointer:
         if rank() == 0 or not on_rank_0:
             try:
                 result = action(*arguments)
+            except OtherRankError:
+                pass  # that rank tells it itself
             except Exception as error:
                 problem = _words(error, self.directory)
         reports = gather_objects((result, problem))

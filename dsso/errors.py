@@ -72,3 +72,7 @@ class RecipeError(DssoError, ValueError):
 
 class RunError(DssoError, RuntimeError):
     """A run cannot go on."""
+
+
+class OtherRankError(RunError):
+    """Raised on the ranks that were well when another one was not, so that none goes on alone."""

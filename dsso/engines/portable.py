@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsso.errors import RunError
+from dsso.errors import OtherRankError, RunError
 from dsso.optim._partition import merge_extra_states
 from dsso.parallel import collectives
 from dsso.parallel.pieces import PieceFiles, piece_key, written_by
@@ -300,4 +300,4 @@ def _together(action: Callable[[], None]) -> None:
         raise problem
     for who, words in enumerate(told):
         if words is not None:
-            raise RunError(f"rank {who}: {words}")
+            raise OtherRankError(f"rank {who}: {words}")

@@ -267,9 +267,11 @@ class Refresh:
         """Factorizations that wait to be taken over; waits for those under way."""
         out = {}
         for one in self._pending:
-            out[f"{one.key}/pending/usable"] = one.usable
+            # A factor may have several under way: a repeated measurement does not wait for the one before.
+            name = f"{one.key}/pending/{one.due}"
+            out[f"{name}/usable"] = one.usable
             for block, found in enumerate(one.found.result()):
-                out |= {f"{one.key}/pending/{block}/{i}": tensor for i, tensor in enumerate(found)}
+                out |= {f"{name}/{block}/{i}": tensor for i, tensor in enumerate(found)}
         return out
 
     def counters(self) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -279,14 +281,16 @@ class Refresh:
             "damping": self.damping,
             "coming": {str(step): keys for step, keys in self._coming.items()},
         }
-        pending = {one.key: one.due for one in self._pending}
+        pending: dict[str, list[int]] = {}
+        for one in self._pending:
+            pending.setdefault(one.key, []).append(one.due)
         owned = {
             key: {
                 "refreshed_at": self._factors[key].refreshed_at,
                 "attempt": self._factors[key].attempt,
                 "failed": failed.get(key, 0.0),
                 "shift": float(self._shifts[key].item()) if key in self._shifts else None,
-                "pending": pending.get(key),
+                "pending": pending.get(key, []),
             }
             for key in self._owned
         }
@@ -313,16 +317,17 @@ class Refresh:
             if found["shift"] is not None:
                 self._shifts[key] = self._like.new_tensor(found["shift"])
             flags[key] = torch.tensor(found["failed"])
-            if found["pending"] is not None and key in self._owned:
+            for due in found["pending"] if key in self._owned else []:
+                name = f"{key}/pending/{due}"
                 future: Future[list[list[Tensor]]] = Future()
                 future.set_result(
                     [
-                        [tensors[f"{key}/pending/{block}/{i}"] for i in range(kept.parts)]
+                        [tensors[f"{name}/{block}/{i}"] for i in range(kept.parts)]
                         for block, kept in enumerate(factor.blocks)
                     ]
                 )
-                usable = tensors[f"{key}/pending/usable"]
-                self._pending.append(_Pending(key, int(found["pending"]), usable, future))
+                self._pending.append(_Pending(key, int(due), tensors[f"{name}/usable"], future))
+        self._pending.sort(key=lambda one: one.due)
         if self._applied_elsewhere:
             flags = {key: torch.tensor(one["failed"]) for key, one in sorted(owned.items())}
         if any(bool(flag) for flag in flags.values()):

@@ -26,8 +26,21 @@ from dsso.optim.kfac import Config
 
 CPU = torch.device("cpu")
 GLOBAL_BATCH = 16
-SETTINGS: dict[str, Any] = {"factor_interval": 2, "inverse_interval": 4, "tau": 0.3}
-"""Steps 3 and 5 lie within an interval."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {"factor_interval": 2, "inverse_interval": 4, "tau": 0.3},
+    "rich": {
+        "factor_interval": 2,
+        "inverse_interval": 4,
+        "tau": 0.3,
+        "low_rank": 3,
+        "low_rank_above": 12,
+        "block_side": 5,
+        "async_delay": 2,
+        "strategy": "communication_optimal",
+        "base": {"type": "AdamW", "applies_to": "all"},
+    },
+}
+"""Steps 3 and 5 lie within an interval; in `rich` a factorization is under way at step 3."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class Leg:
     """Leg whose checkpoint is read."""
     first: int = 0
     last: int = 3
+    settings: str = "plain"
 
 
 class Net(nn.Module):
@@ -64,7 +78,7 @@ def build(leg: Leg, world_size: int, momentum: float = 0.9) -> Any:
     torch.manual_seed(0)
     model = Net()
     micro = GLOBAL_BATCH // (2 * world_size)
-    settings = {**SETTINGS, "momentum": momentum}
+    settings = {**SETTINGS[leg.settings], "momentum": momentum}
     number = torch.bfloat16 if leg.dtype == "bf16" else torch.float32
     optimizer = make_optimizer(model, "KFAC", Config(**settings), CPU)
     if leg.engine == "fsdp2":

@@ -26,9 +26,18 @@ BEFORE = [
     Leg("single-bf16", "single", "bf16"),
     Leg("straight", "single", last=LAST),
     Leg("straight-bf16", "single", "bf16", last=LAST),
+    Leg("straight-rich", "single", last=LAST, settings="rich"),
 ]
-WRITTEN = [Leg(f"zero{stage}", str(stage)) for stage in range(4)] + [Leg("zero2-bf16", "2", "bf16")]
-WRITTEN += [Leg("fsdp2", "fsdp2"), Leg("ddp", "ddp"), Leg("fsdp2-bf16", "fsdp2", "bf16")]
+WRITTEN = [Leg(f"zero{stage}", str(stage)) for stage in range(4)] + [
+    Leg("zero2-bf16", "2", "bf16"),
+    Leg("zero1-rich", "1", settings="rich"),
+]
+WRITTEN += [
+    Leg("fsdp2", "fsdp2"),
+    Leg("ddp", "ddp"),
+    Leg("fsdp2-bf16", "fsdp2", "bf16"),
+    Leg("fsdp2-rich", "fsdp2", settings="rich"),
+]
 MOVED = [
     Leg("zero2-to-3", "3", load="zero2", first=3, last=LAST),
     Leg("zero3-to-1", "1", load="zero3", first=3, last=LAST),
@@ -46,12 +55,15 @@ MOVED = [
     Leg("zero2-bf16-to-3", "3", "bf16", load="zero2-bf16", first=3, last=LAST),
     Leg("zero2-bf16-to-0", "0", "bf16", load="zero2-bf16", first=3, last=LAST),
     Leg("single-bf16-to-zero1", "1", "bf16", load="single-bf16", first=3, last=LAST),
+    Leg("zero1-rich-to-3", "3", load="zero1-rich", first=3, last=LAST, settings="rich"),
 ]
 AFTER = [
     Leg("zero2-to-single", "single", load="zero2", first=3, last=5),
     Leg("fsdp2-to-single", "single", load="fsdp2", first=3, last=LAST),
     Leg("zero3-to-single", "single", load="zero3", first=3, last=LAST),
     Leg("zero2-bf16-to-single", "single", "bf16", load="zero2-bf16", first=3, last=LAST),
+    Leg("fsdp2-rich-to-single", "single", load="fsdp2-rich", first=3, last=LAST, settings="rich"),
+    Leg("zero1-rich-to-single", "single", load="zero1-rich", first=3, last=LAST, settings="rich"),
     # the masters are fp32 in any case
     Leg("zero2-bf16-to-fp32", "single", "fp32", load="zero2-bf16", first=3, last=LAST),
 ]
@@ -115,7 +127,8 @@ def test_what_is_read_is_what_was_written(leg: Leg, folder: Path) -> None:
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("leg", [leg for leg in MOVED + AFTER if leg.last == LAST], ids=lambda leg: leg.name)
 def test_it_goes_on_as_the_uninterrupted_run(leg: Leg, folder: Path) -> None:
-    found, straight = weights(folder, leg.name), weights(folder, "straight")
+    rich = "-rich" if leg.settings == "rich" else ""
+    found, straight = weights(folder, leg.name), weights(folder, f"straight{rich}")
     if "bf16" not in leg.name:
         assert difference(found, straight) <= 1e-5
     else:

@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "ds_keys",
         "recipe",
         "checkpoint",
+        "inspect",
         "preempt",
         "diagnostics",
         "results",

@@ -1,0 +1,111 @@
+"""Figures of one Kronecker factor from the tensors of a checkpoint, without a model.
+
+The one place besides `dsso.optim._factor` that knows by which names a factor's tensors are kept.
+
+Legend of shape suffixes: `D` side, `K` rank of a low-rank form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsso.linalg import kron, lowrank, triangle
+
+RANK_CUT = 1e-6
+"""Eigenvalues below this multiple of the largest do not count for the numerical rank."""
+
+
+@dataclass(frozen=True)
+class FactorFigures:
+    """What there is to know about one factor."""
+
+    kind: str
+    """`dense`, `low rank` or, where blocks differ, both."""
+    sides: tuple[int, ...]
+    """Of the blocks on the diagonal."""
+    kept: int | None
+    """Eigenpairs kept by low-rank blocks; None where all are dense."""
+    ready: bool
+    """There is a usable factorization."""
+    mean: float
+    """Mean eigenvalue of the average."""
+    rank: int | None
+    """Numerical rank of the average at 1e-6; None where eigenvalues were not asked for."""
+    condition: float | None
+    """Largest over smallest eigenvalue of the damped factor as it is factorized."""
+
+
+def factor_keys(names: Mapping[str, object]) -> list[str]:
+    """Keys of the factors among the names of a checkpoint's tensors, in their order."""
+    return [name.removesuffix("/ready") for name in names if name.endswith("/ready")]
+
+
+def figures(key: str, tensors: Mapping[str, Tensor], largest_side: int) -> FactorFigures:
+    """Figures of one factor.
+
+    Args:
+        key: of the factor.
+        tensors: its tensors, by their full names.
+        largest_side: eigenvalues of blocks up to this side are computed.
+    """
+    own = {name.removeprefix(f"{key}/"): tensor for name, tensor in tensors.items()}
+    weight = max(float(own["weight"]), kron.TINY)
+    blocks: list[dict[str, Tensor]] = []
+    while any(name.startswith(f"{len(blocks)}/") for name in own):
+        prefix = f"{len(blocks)}/"
+        blocks.append({n.removeprefix(prefix): t.double() for n, t in own.items() if n.startswith(prefix)})
+    sides, kinds = [], []
+    trace = 0.0
+    for block in blocks:
+        dense = "square" in block
+        sides.append(block["square" if dense else "basis"].shape[0])
+        kinds.append("dense" if dense else "low rank")
+        trace += float(block["diagonal"].sum() if dense else block["trace"])
+    ready = bool(own["ready"])
+    rank, condition = None, None
+    if max(sides) <= largest_side:
+        rank = _rank(blocks)
+        condition = _condition(blocks) if ready else None
+    kept = [block["basis"].shape[1] for block in blocks if "basis" in block]
+    return FactorFigures(
+        " and ".join(sorted(set(kinds))),
+        tuple(sides),
+        max(kept) if kept else None,
+        ready,
+        trace / (weight * sum(sides)),
+        rank,
+        condition,
+    )
+
+
+def _rank(blocks: list[dict[str, Tensor]]) -> int:
+    values = []
+    for block in blocks:
+        if "square" in block:
+            sum_DD = triangle.symmetric(block["square"], block["diagonal"], torch.float64)
+            values.append(torch.linalg.eigvalsh(sum_DD))
+        else:
+            side, kept = block["basis"].shape
+            form = lowrank.LowRank(block["basis"], block["core"], block["trace"])
+            values += [torch.linalg.eigvalsh(block["core"]), lowrank.tail(form).expand(side - kept)]
+    spectrum = torch.cat(values)
+    return int((spectrum > RANK_CUT * spectrum.max().clamp_min(kron.TINY)).sum())
+
+
+def _condition(blocks: list[dict[str, Tensor]]) -> float:
+    values = []
+    for block in blocks:
+        if "square" in block:
+            values.append(torch.linalg.svdvals(block["square"].tril()).square())
+        else:
+            # the inverse is Q K Q^T + s I
+            side, kept = block["basis"].shape
+            tail = block["tail"].reshape(1)
+            inverse = torch.cat([torch.linalg.eigvalsh(block["inverse"]) + tail, tail[: side - kept]])
+            values.append(1 / inverse)
+    spectrum = torch.cat(values)
+    return float(spectrum.max() / spectrum.min())
