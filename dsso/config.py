@@ -15,7 +15,6 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
-    field_validator,
     model_serializer,
     model_validator,
 )
@@ -200,8 +199,8 @@ class DssoConfig(StrictModel):
 
     comment: str | None = None
     """What the recipe is for."""
-    engine: Literal["deepspeed", "single"] = "deepspeed"
-    """`deepspeed` (ZeRO 0 to 3), or `single`: one device, no launcher."""
+    engine: Literal["deepspeed", "fsdp2", "ddp", "single"] = "deepspeed"
+    """`deepspeed` (ZeRO 0 to 3), `fsdp2` (all sharded), `ddp` (replicas), or `single`: one device, no launcher."""
     model: ModelConfig = ModelConfig(name="tiny-t5")
     """Which model is trained; not used by `dsso.initialize(model=…)`, which brings its own."""
     peft: PeftConfig = PeftConfig()
@@ -212,18 +211,6 @@ class DssoConfig(StrictModel):
     """How long, how often; three epochs when the section is left out."""
     output_dir: str | None = None
     """Where the run is written; the command line's `--output_dir` takes precedence."""
-
-    @field_validator("engine", mode="before")
-    @classmethod
-    def _available_engine(cls, name: object) -> object:
-        if name in ("fsdp2", "ddp"):  # a tuple, because the name may be anything that JSON holds
-            raise problem(
-                f"the engine {name!r} is not available in this version",
-                got=name,
-                allowed="deepspeed, single",
-                remedy="use 'deepspeed' with zero_optimization.stage 3 (or 0) for the same sharding",
-            )
-        return name
 
 
 _Model = TypeVar("_Model", bound=pydantic.BaseModel)

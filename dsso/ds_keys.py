@@ -284,3 +284,41 @@ FIXED_FOR_METHODS: Fixed = {
     "zero_optimization.zero_quantized_gradients": (False, "gradients are needed in full precision"),
 }
 """Settings that baselines can work with, and methods of dsso cannot."""
+
+WITHOUT_DEEPSPEED: frozenset[str] = frozenset(
+    {
+        *BATCH_KEYS,
+        "optimizer",
+        "scheduler",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "fp16",
+        "bf16",
+        "data_types",
+        "gradient_clipping",
+        "activation_checkpointing",
+        "data_parallel_size",
+        "dataloader_drop_last",
+        "steps_per_print",
+        "log_level",
+        "vocabulary_size",
+        *(path.partition(".")[0] for path in FIXED),
+    }
+)
+"""Keys that keep their meaning under another engine, change nothing in a run, or are checked on their own."""
+
+OFF: dict[str, object] = {"gradient_predivide_factor": 1.0}
+"""Values besides null, false, an empty section and `"enabled": false` that switch nothing on."""
+
+ZERO_WITHOUT_DEEPSPEED: Fixed = {
+    "zero_optimization.offload_param.device": ("none", "nothing is offloaded"),
+    "zero_optimization.offload_optimizer.device": ("none", "nothing is offloaded"),
+    "zero_optimization.zenflow": (None, "all gradients are current when the step starts"),
+    "zero_optimization.zero_hpz_partition_size": (1, "shards span all ranks"),
+    "zero_optimization.zero_quantized_weights": (False, "weights travel as they are"),
+    "zero_optimization.zero_quantized_nontrainable_weights": (False, "weights travel as they are"),
+    "zero_optimization.zero_quantized_gradients": (False, "gradients travel as they are"),
+    "bf16.bf16_master_weights_and_grads": (False, "updates are applied to fp32 master weights"),
+    "bf16.bf16_optimizer_states": (False, "the optimizer's state is kept in fp32"),
+}
+"""Settings of ZeRO that would change what is computed or where it lies: path -> (the only value, what holds)."""

@@ -23,6 +23,7 @@ from dsso.config import DssoConfig, StrictModel, parse
 from dsso.ds_keys import BATCH_KEYS
 from dsso.errors import DssoError, RecipeError, nearest
 from dsso.recipe_checks import (
+    LAYOUTS,
     SUB_GROUP_SIZE,
     Precision,
     batch_sizes,
@@ -30,6 +31,7 @@ from dsso.recipe_checks import (
     check_fixed,
     check_for_method,
     check_keys,
+    notes_for_engine,
     precision,
     section,
     zero_stage,
@@ -64,7 +66,9 @@ class ResolvedRecipe:
     precision: Precision
     """Number formats."""
     zero_stage: int
-    """ZeRO stage, 0 to 3."""
+    """ZeRO stage, 0 to 3; 0 under engines with a layout of their own."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the engine."""
 
     def to_json(self) -> dict[str, Any]:
         """The recipe in full; `load_recipe` reads it back to the same thing."""
@@ -92,7 +96,9 @@ class Recipe:
     precision: Precision
     """Number formats."""
     zero_stage: int
-    """ZeRO stage, 0 to 3."""
+    """ZeRO stage, 0 to 3; 0 under engines with a layout of their own."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the engine."""
 
     def resolved(self, world_size: int, steps: int | None = None) -> ResolvedRecipe:
         """Fill in what depends on the number of ranks and on the length of the run.
@@ -109,8 +115,8 @@ class Recipe:
                 f"the engine 'single' has one process, and {world_size} were started",
                 where="dsso.engine",
                 got="single",
-                allowed=["deepspeed"],
-                remedy="set dsso.engine to 'deepspeed', or start one process: python launch/train.py …",
+                allowed=["deepspeed", "fsdp2", "ddp"],
+                remedy="set dsso.engine to one of these, or start one process: python launch/train.py …",
             )
         micro, gas, total = batch_sizes(self.raw, world_size)
         return ResolvedRecipe(
@@ -125,12 +131,15 @@ class Recipe:
             global_batch=total,
             precision=self.precision,
             zero_stage=self.zero_stage,
+            notes=self.notes,
         )
 
     def _ds_config(self, batch: dict[str, int], steps: int | None) -> dict[str, Any]:
         filled = {k: copy.deepcopy(v) for k, v in self.raw.items() if k not in {"dsso", "optimizer"}} | batch
         zero = {k: v for k, v in section(self.raw, "zero_optimization").items() if v != "auto"}
         filled["zero_optimization"] = zero | {"stage": self.zero_stage}
+        if self.dsso.engine in LAYOUTS:
+            del filled["zero_optimization"]
         for name, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
             if name in self.raw or self.precision.dtype == dtype:
                 filled[name] = section(self.raw, name) | {"enabled": self.precision.dtype == dtype}
@@ -234,7 +243,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         )
     if "scheduler" in raw:
         _scheduler(raw)
-    return Recipe(raw, kind, model, is_method, dsso, numbers, stage)
+    notes = notes_for_engine(raw, dsso.engine)
+    return Recipe(raw, kind, model, is_method, dsso, numbers, stage, notes)
 
 
 def _optimizer(raw: Mapping[str, Any]) -> tuple[str, StrictModel, bool]:

@@ -17,10 +17,13 @@ from dsso.ds_keys import (
     BATCH_KEYS,
     FIXED,
     FIXED_FOR_METHODS,
+    OFF,
     REMOVED,
     RENAMED,
     SECTIONS,
     TOP_LEVEL,
+    WITHOUT_DEEPSPEED,
+    ZERO_WITHOUT_DEEPSPEED,
     Fixed,
     Kind,
 )
@@ -30,6 +33,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 SUB_GROUP_SIZE = 10**12
 """Elements in a sub-group of ZeRO stage 3 that hold all trainable parameters of any model."""
+
+LAYOUTS = {
+    "fsdp2": "fsdp2 shards weights, gradients and optimizer state over all ranks",
+    "ddp": "ddp keeps weights, gradients and moments whole on every rank",
+}
+"""Engines that bring their own layout in the place of ZeRO's, and which."""
 
 _SHORT: dict[str, Dtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _KINDS: dict[Kind, tuple[type, ...]] = {
@@ -42,6 +51,9 @@ _KINDS: dict[Kind, tuple[type, ...]] = {
 }
 _NAMES_ANYWHERE = {"data_types.keep_in_fp32_modules", "pipeline.stages"}
 """Paths where DeepSpeed itself knows what `"auto"` means."""
+
+_OF_METHODS = {"optimizer.params.share_inputs"}
+"""Paths where `"auto"` is a choice of the method's own."""
 
 _FILLED = {
     *BATCH_KEYS,
@@ -138,7 +150,7 @@ def _check_name(path: str, key: str, known: Iterable[str]) -> None:
 def check_auto(raw: Mapping[str, Any]) -> None:
     """`"auto"` stands only where something fills it in."""
     for path in _autos({key: value for key, value in raw.items() if key != "dsso"}):
-        if path in _NAMES_ANYWHERE or path in _FILLED or path.startswith("zero_optimization."):
+        if path in _NAMES_ANYWHERE | _OF_METHODS | _FILLED or path.startswith("zero_optimization."):
             continue
         raise RecipeError(
             "'auto' cannot be filled in here",
@@ -192,7 +204,52 @@ def zero_stage(raw: Mapping[str, Any], engine: str) -> int:
             allowed="false",
             remedy="remove it",
         )
-    return int(stage)
+    return 0 if engine in LAYOUTS else int(stage)
+
+
+def notes_for_engine(raw: Mapping[str, Any], engine: str) -> tuple[str, ...]:
+    """Check what only DeepSpeed's engine does, and say what another engine does in its place.
+
+    Args:
+        raw: the recipe.
+        engine: `dsso.engine`.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        RecipeError: for a setting that would be ignored in silence.
+    """
+    if engine == "deepspeed":
+        return ()
+    for key, value in raw.items():
+        if key != "dsso" and key not in WITHOUT_DEEPSPEED and not _is_off(key, value):
+            raise RecipeError(
+                f"is done by DeepSpeed's engine, and the engine is {engine!r}",
+                where=key,
+                got=value,
+                remedy=f"remove {key}, or set dsso.engine to 'deepspeed'",
+            )
+    for path, (works, holds) in ZERO_WITHOUT_DEEPSPEED.items():
+        value = lookup(raw, path, works)
+        if value not in (works, "auto"):
+            raise RecipeError(
+                f"is done by DeepSpeed's engine; under the engine {engine!r} {holds}",
+                where=path,
+                got=value,
+                allowed=str(works).lower(),
+                remedy="remove it, or set dsso.engine to 'deepspeed'",
+            )
+    given = section(raw, "zero_optimization")
+    if engine not in LAYOUTS or not given.get("stage"):
+        return ()
+    return (f"zero_optimization ({', '.join(given)}) is DeepSpeed's and is not used: {LAYOUTS[engine]}",)
+
+
+def _is_off(key: str, value: object) -> bool:
+    if isinstance(value, Mapping):
+        return not value or value.get("enabled") is False
+    return value is None or value is False or (key in OFF and value == OFF[key])
 
 
 def precision(raw: Mapping[str, Any], dsso: DssoConfig, stage: int) -> Precision:
@@ -203,6 +260,8 @@ def precision(raw: Mapping[str, Any], dsso: DssoConfig, stage: int) -> Precision
         raise RecipeError(
             "is no number format", where="data_types.grad_accum_dtype", got=given, allowed=list(_SHORT)
         )
+    if dsso.engine in LAYOUTS:
+        return _without_deepspeed(dtype, given, dsso.engine)
     accumulation = dtype if given is None else _SHORT[given]
     if dtype == "float16" and stage == 0:
         raise RecipeError(
@@ -233,6 +292,27 @@ def precision(raw: Mapping[str, Any], dsso: DssoConfig, stage: int) -> Precision
             )
         scale = float(fixed) if fixed else "dynamic"
     return Precision(dtype, scale, accumulation)
+
+
+def _without_deepspeed(dtype: Dtype, accumulation: str | None, engine: str) -> Precision:
+    """Number formats of the engines that have no loss scaling and sum gradients in fp32."""
+    if dtype == "float16":
+        raise RecipeError(
+            f"fp16 needs DeepSpeed's loss scaling, and the engine is {engine!r}",
+            where="fp16.enabled",
+            got=True,
+            allowed="bf16 or fp32",
+            remedy="set dsso.engine to 'deepspeed' with zero_optimization.stage 1, 2 or 3, or use bf16",
+        )
+    if accumulation not in (None, "fp32"):
+        raise RecipeError(
+            f"the engine {engine!r} accumulates gradients in fp32",
+            where="data_types.grad_accum_dtype",
+            got=accumulation,
+            allowed="fp32",
+            remedy="remove it, or set dsso.engine to 'deepspeed'",
+        )
+    return Precision(dtype, "none", "float32")
 
 
 def _dtype(raw: Mapping[str, Any], asked: str) -> Dtype:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from dsso.checkpoint import CheckpointError, write_json
@@ -130,23 +129,6 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-@torch.no_grad()
-def put_back(engine: Engine, weights: Mapping[str, Tensor]) -> None:
-    """Set model weights, for an evaluation; every rank calls it with the same weights.
-
-    The optimizer's own copies stay what they are: a step taken afterwards would go on from those.
-    """
-    for name, parameter in engine.module.named_parameters():
-        if name not in weights:
-            continue
-        sharded: Any = parameter if hasattr(parameter, "ds_id") else None  # ZeRO stage 3
-        if sharded is not None:
-            sharded.all_gather()
-        parameter.data.copy_(weights[name])
-        if sharded is not None:
-            sharded.partition(has_been_updated=True)
 
 
 def _name(step: int) -> str:

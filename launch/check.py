@@ -31,10 +31,9 @@ def _lines(job: Job) -> Iterator[str]:
         yield f"resume from  {job.resume.candidates[0].path}"
     yield from (f"skipped      {one.path}: {one.reason}" for one in job.resume.skipped)
     yield from (f"note         {note}" for note in job.resume.notes)
-    yield (
-        f"engine       {recipe.dsso.engine}, ZeRO stage {recipe.zero_stage}, {recipe.precision.dtype},"
-        f" {job.world_size} rank(s)"
-    )
+    yield from (f"note         {note}" for note in recipe.notes)
+    zero = f", ZeRO stage {recipe.zero_stage}" if recipe.dsso.engine == "deepspeed" else ""
+    yield f"engine       {recipe.dsso.engine}{zero}, {recipe.precision.dtype}, {job.world_size} rank(s)"
     yield (
         f"batch        {recipe.global_batch} = {recipe.micro_batch} a rank x {recipe.gas} accumulated"
         f" x {job.world_size} rank(s)"

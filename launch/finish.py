@@ -13,7 +13,6 @@ from dsso import tasks
 from dsso.checkpoint import CheckpointError, write_json
 from dsso.diagnostics import jsonable, peak_bytes
 from dsso.parallel.collectives import gather_objects, rank
-from launch.best import put_back
 from launch.loop import Loop, Outcome
 from launch.prepare import Job
 
@@ -34,7 +33,7 @@ def finish(job: Job, engine: Engine, loop: Loop, outcome: Outcome) -> None:
         )
         weights = engine.gathered_state_dict()
     else:
-        put_back(engine, weights)
+        engine.load_weights(weights)
     test = loop.evaluate("test")
     adapter = job.output_dir / "adapter"
     if job.recipe.dsso.peft.type != "none":

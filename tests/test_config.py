@@ -51,11 +51,7 @@ def test_every_field_is_documented(model: type[StrictModel]) -> None:
             ["dsso.model.dtype: is not one of the options", "allowed: auto, float32, bfloat16, float16"],
         ),
         ({"model": {"name": "x", "dropout": 1.0}}, ["dsso.model.dropout", "allowed: less than 1"]),
-        (
-            {"engine": "fsdp2"},
-            ["dsso.engine", "'fsdp2' is not available in this version", "remedy: use 'deepspeed'"],
-        ),
-        ({"engine": "ddp"}, ["'ddp' is not available in this version"]),
+        ({"engine": "fsdp3"}, ["dsso.engine: is not one of the options", "nearest: 'fsdp2'"]),
         ({"engine": "deepsped"}, ["dsso.engine: is not one of the options", "nearest: 'deepspeed'"]),
         ({"engine": []}, ["dsso.engine: is not one of the options", "got: []"]),
         ({"peft": {"type": "lora", "r": 0}}, ["dsso.peft.r", "got: 0", "greater than or equal to 1"]),

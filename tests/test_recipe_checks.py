@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from dsso.ds_keys import FIXED, FIXED_FOR_METHODS, REMOVED, RENAMED
+from dsso.ds_keys import (
+    FIXED,
+    FIXED_FOR_METHODS,
+    OFF,
+    REMOVED,
+    RENAMED,
+    TOP_LEVEL,
+    WITHOUT_DEEPSPEED,
+)
+from dsso.recipe import load_recipe
 from tests.recipes import ADAMW, BASE, load, message
 
 WRONG: list[tuple[dict[str, Any], list[str]]] = [
@@ -136,7 +145,35 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ),
     # engines
     ({"dsso.engine": "single"}, ["zero_optimization.stage: the engine 'single'", "(stage 1)", "'deepspeed'"]),
-    ({"dsso.engine": "fsdp2"}, ["dsso.engine: the engine 'fsdp2' is not available in this version"]),
+    (
+        {"dsso.engine": "fsdp2", "fp16.enabled": True},
+        ["fp16.enabled: fp16 needs DeepSpeed's loss scaling", "engine is 'fsdp2'", "or use bf16"],
+    ),
+    (
+        {"dsso.engine": "ddp", "data_types.grad_accum_dtype": "bf16"},
+        ["data_types.grad_accum_dtype: the engine 'ddp' accumulates", "allowed: fp32", "remedy: remove it"],
+    ),
+    (
+        {"dsso.engine": "fsdp2", "tensorboard.enabled": True},
+        ["tensorboard: is done by DeepSpeed's engine", "'fsdp2'", "set dsso.engine to 'deepspeed'"],
+    ),
+    ({"dsso.engine": "ddp", "wall_clock_breakdown": True}, ["wall_clock_breakdown: is done by DeepSpeed's"]),
+    (
+        {
+            "dsso.engine": "fsdp2",
+            "zero_optimization.offload_param": {"device": "cpu"},
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
+        },
+        ["offload_param.device: is done by DeepSpeed's engine", "nothing is offloaded", "allowed: none"],
+    ),
+    (
+        {
+            "dsso.engine": "ddp",
+            "zero_optimization.zero_hpz_partition_size": 2,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
+        },
+        ["zero_hpz_partition_size: is done by DeepSpeed's engine", "allowed: 1"],
+    ),
 ]
 
 
@@ -187,3 +224,30 @@ def test_offloading_is_left_to_baselines() -> None:
         "device": "cpu"
     }
     load({"zero_optimization.offload_optimizer": {"device": "none"}})
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+def test_other_engines_say_what_takes_the_place_of_zero(engine: str) -> None:
+    changes = {"dsso.engine": engine, "zero_optimization": {"stage": 3, "overlap_comm": True}}
+    recipe = load({**changes, "bf16.enabled": True, "wall_clock_breakdown": False, "steps_per_print": 5})
+    assert len(recipe.notes) == 1
+    assert (
+        f"zero_optimization (stage, overlap_comm) is DeepSpeed's and is not used: {engine} "
+        in recipe.notes[0]
+    )
+    resolved = recipe.resolved(2)
+    assert "zero_optimization" not in resolved.ds_config
+    assert (resolved.zero_stage, resolved.precision.accumulation) == (0, "float32")
+    # the resolved recipe reads back, with nothing left to say
+    again = load_recipe(resolved.to_json())
+    assert again.notes == ()
+    assert again.resolved(2).ds_config == resolved.ds_config
+    assert load({"dsso.engine": engine, "zero_optimization": {"stage": 0}}).notes == ()
+    assert load(changes | {"dsso.engine": "deepspeed"}).notes == ()
+
+
+def test_every_key_of_deepspeed_is_allowed_off_or_refused_under_other_engines() -> None:
+    for key, kind in TOP_LEVEL.items():
+        off: dict[str, Any] = {"boolean": False, "object": {}, "number": OFF.get(key, 0.0)}
+        if key not in WITHOUT_DEEPSPEED and kind in off:
+            load({"dsso.engine": "ddp", key: off[kind]})

@@ -273,4 +273,7 @@ class Capture:
         else:
             g_NO = g.reshape(-1, g.shape[-1]).to(self._dtype)
         # Its count is the window's terms; here uses are counted, to know of a layer that was not used.
-        self.sums[key].add(g_NO * (self.scale * boost), 1.0)
+        if isinstance(self.scale, Tensor):
+            self.sums[key].add(g_NO * (self.scale * boost), 1.0)
+        else:
+            self.sums[key].add(g_NO, 1.0, (self.scale * boost) ** 2)

@@ -41,17 +41,24 @@ class FactorSum:
 
     def _allocate(self) -> None:
         for side, basis in zip(self.blocks, self.bases, strict=True):
-            self.parts.append(self._like.new_zeros(side, side if basis is None else basis.shape[1]))
+            # A dense sum is written by its first rows; below the diagonal it holds anything.
+            self.parts.append(
+                self._like.new_empty(side, side)
+                if basis is None
+                else self._like.new_zeros(side, basis.shape[1])
+            )
             self.traces.append(None if basis is None else self._like.new_zeros(()))
 
-    def add(self, x_ND: Tensor, count: Tensor | float) -> None:
+    def add(self, x_ND: Tensor, count: Tensor | float, scale: float = 1.0) -> None:
         """Add rows.
 
         Args:
             x_ND: rows; those that do not count are zero.
             count: how many do.
+            scale: of their outer products.
         """
-        if not self.parts:
+        fresh = not self.parts
+        if fresh:
             self._allocate()
         self.count = self.count + count
         at = 0
@@ -60,10 +67,10 @@ class FactorSum:
             at += side
             basis, trace = self.bases[index], self.traces[index]
             if basis is None or trace is None:
-                triangle.add_gram_(self.parts[index], rows_ND)
+                triangle.add_gram_(self.parts[index], rows_ND, scale, fresh)
             else:
-                self.parts[index] += lowrank.sketch(rows_ND, basis)
-                trace += torch.linalg.vector_norm(rows_ND).square()
+                self.parts[index].add_(lowrank.sketch(rows_ND, basis), alpha=scale)
+                trace.add_(torch.linalg.vector_norm(rows_ND).square(), alpha=scale)
 
     def forget(self) -> None:
         """Give the memory of the sums back; the count stays."""

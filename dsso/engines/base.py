@@ -212,6 +212,27 @@ class EngineBase:
         """Bytes of optimizer state on this rank."""
         return self.optimizer.state_bytes()
 
+    @staticmethod
+    def _known(tensors: Mapping[str, Tensor], weights: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors, when all of them are weights of the model.
+
+        Raises:
+            RunError: one of them has no counterpart, or another number of elements.
+        """
+        for name, value in tensors.items():
+            if name not in weights:
+                raise RunError("the model has no such parameter", where="engine.load_weights", got=name)
+            # Under ZeRO stage 3 the parameter itself is empty.
+            wanted = getattr(weights[name], "ds_numel", weights[name].numel())
+            if value.numel() != wanted:
+                raise RunError(
+                    f"the parameter {name} has another size",
+                    where="engine.load_weights",
+                    got=value.numel(),
+                    allowed=str(wanted),
+                )
+        return dict(tensors)
+
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, save_dir: str | Path, tag: str, client_state: Mapping[str, Any]) -> None:

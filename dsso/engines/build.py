@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dsso.engines.base import EngineBase
+from dsso.engines.ddp import DDPEngine
 from dsso.engines.deepspeed import DeepSpeedEngine
 from dsso.engines.environment import Environment, launch_environment
 from dsso.engines.single import SingleEngine
@@ -17,6 +18,8 @@ from dsso.optim import available, resolve
 from dsso.optim._partition import Clipping, PartitionOptimizer
 from dsso.optim._rules import Rule
 from dsso.parallel import collectives
+
+_NAMES = {"deepspeed": "DeepSpeed", "fsdp2": "FSDP2", "ddp": "DDP"}
 
 
 def make_optimizer(
@@ -65,8 +68,8 @@ def _scheduler(optimizer: PartitionOptimizer, section: dict[str, Any] | None) ->
 def build(model: nn.Module, resolved: Any, environment: Environment | None = None) -> EngineBase:
     """The engine that a resolved recipe asks for; collective under a launcher.
 
-    Without a launcher a DeepSpeed recipe runs on one device without DeepSpeed: by the invariance of the step the
-    result is the same.
+    Without a launcher any recipe runs on one device in this process: by the invariance of the step the result is the
+    same.
 
     Args:
         model: the model, with its adapters and `requires_grad` flags.
@@ -83,28 +86,46 @@ def build(model: nn.Module, resolved: Any, environment: Environment | None = Non
     # Clipping is done once, by dsso's own reduction.
     ds_config["gradient_clipping"] = 0.0
     ds_config["zero_allow_untested_optimizer"] = True
-    single = resolved.dsso.engine == "single" or environment.launcher == "none"
-    if single and environment.world_size > 1:
+    engine = _engine(resolved, environment)
+    if environment.rank == 0 and engine == resolved.dsso.engine:
+        for note in resolved.notes:
+            sys.stderr.write(f"note: {note}\n")
+    bf16 = bool(ds_config.get("bf16", {}).get("enabled"))
+    if engine in ("single", "ddp"):
+        if bf16:
+            model.to(torch.bfloat16)
+        model.to(device)
+    optimizer = make_optimizer(model, resolved.optimizer_type, resolved.optimizer_config, device, clip)
+    if engine == "deepspeed":
+        return DeepSpeedEngine(model, optimizer, device, ds_config)
+    scheduler = _scheduler(optimizer, ds_config.get("scheduler"))
+    if engine == "fsdp2":
+        # Not before it is asked for: the import is not free.
+        from dsso.engines.fsdp2 import FSDP2Engine
+
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        return FSDP2Engine(model, optimizer, device, resolved.gas, resolved.micro_batch, scheduler, dtype)
+    kind = DDPEngine if engine == "ddp" else SingleEngine
+    return kind(model, optimizer, device, resolved.gas, resolved.micro_batch, scheduler)
+
+
+def _engine(resolved: Any, environment: Environment) -> str:
+    """Name of the engine to build: without a launcher it is `single`, whatever the recipe says."""
+    asked: str = resolved.dsso.engine
+    if asked == "single" and environment.world_size > 1:
         raise RecipeError(
             "the single engine runs one process",
             where="dsso.engine",
             got=f"{environment.world_size} processes",
-            remedy="set dsso.engine to deepspeed, or start without a launcher",
+            remedy="set dsso.engine to deepspeed, fsdp2 or ddp, or start without a launcher",
         )
-    if single:
-        if ds_config.get("fp16", {}).get("enabled"):
-            raise RecipeError(
-                "fp16 needs DeepSpeed's loss scaling",
-                where="fp16.enabled",
-                remedy="start through deepspeed (also with one process), or use bf16 or fp32",
-            )
-        if resolved.dsso.engine != "single":
-            sys.stderr.write("no launcher: one device, without DeepSpeed\n")
-        if ds_config.get("bf16", {}).get("enabled"):
-            model.to(torch.bfloat16)
-        model.to(device)
-    optimizer = make_optimizer(model, resolved.optimizer_type, resolved.optimizer_config, device, clip)
-    if single:
-        scheduler = _scheduler(optimizer, ds_config.get("scheduler"))
-        return SingleEngine(model, optimizer, device, resolved.gas, resolved.micro_batch, scheduler)
-    return DeepSpeedEngine(model, optimizer, device, ds_config)
+    engine = "single" if environment.launcher == "none" else asked
+    if engine != "deepspeed" and resolved.ds_config.get("fp16", {}).get("enabled"):
+        raise RecipeError(
+            "fp16 needs DeepSpeed's loss scaling",
+            where="fp16.enabled",
+            remedy="start through deepspeed (also with one process), or use bf16 or fp32",
+        )
+    if engine != asked:
+        sys.stderr.write(f"no launcher: one device, without {_NAMES[asked]}\n")
+    return engine

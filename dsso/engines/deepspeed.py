@@ -279,6 +279,18 @@ class DeepSpeedEngine(EngineBase):
                     out[name] = parameter.detach().cpu().clone()
         return out
 
+    @torch.no_grad()
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite weights; see `dsso.engines.protocol.Engine.load_weights`."""
+        parameters = dict(self.module.named_parameters())
+        for name, value in self._known(tensors, parameters).items():
+            sharded: Any = parameters[name] if self.stage == 3 else None
+            if sharded is not None:
+                sharded.all_gather()
+            parameters[name].data.copy_(value)
+            if sharded is not None:
+                sharded.partition(has_been_updated=True)
+
     def close(self) -> None:
         """Take the hooks off the model and let DeepSpeed release what it holds."""
         self._close_hooks()

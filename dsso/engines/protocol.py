@@ -103,5 +103,18 @@ class Engine(Protocol):
     def gathered_state_dict(self, trainable_only: bool = True) -> dict[str, Tensor]:
         """Full parameters by name on the CPU of rank 0 (empty elsewhere); every rank calls it."""
 
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the weights that the model computes with, for an evaluation; every rank calls it.
+
+        An engine that steps copies of its own (fp32 masters, ZeRO's partitions) leaves those as they are: a step
+        taken afterwards goes on from them.
+
+        Args:
+            tensors: full parameters by name, the same on every rank; the others stay.
+
+        Raises:
+            RunError: a name or a size that the model does not have.
+        """
+
     def close(self) -> None:
         """Release process groups and hooks."""

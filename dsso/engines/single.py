@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,16 +64,29 @@ class SingleEngine(EngineBase):
         """Backward pass of one micro-batch; its gradient enters the window with weight 1/steps."""
         self._before_backward(terms)
         (loss / self.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
+        self._accumulate()
         self._micro += 1
+
+    def _accumulate(self) -> None:
+        """Sum the gradients of weights below fp32 over the window in fp32."""
+        for name, parameter in self._parameters.items():
+            master = self._masters[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.to(torch.float32)
+            else:
+                master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+    def _complete_gradients(self) -> None:
+        """Make the gradients of the masters those of the global batch; one process has them already."""
 
     def step(self) -> None:
         """Optimizer step at the end of a window, else nothing."""
         if not self.is_gradient_accumulation_boundary():
             return
-        for name, parameter in self._parameters.items():
-            master = self._masters[name]
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.to(torch.float32)
+        self._complete_gradients()
         self.optimizer.step()
         self.publish_weights()
         for name, parameter in self._parameters.items():
@@ -96,6 +110,13 @@ class SingleEngine(EngineBase):
             for n, p in self.module.named_parameters()
             if p.requires_grad or not trainable_only
         }
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite weights; see `dsso.engines.protocol.Engine.load_weights`."""
+        parameters = dict(self.module.named_parameters())
+        for name, value in self._known(tensors, parameters).items():
+            parameters[name].copy_(value)
 
     def close(self) -> None:
         """Take the hooks off the model."""

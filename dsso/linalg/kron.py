@@ -20,6 +20,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dsso.linalg import triangle
+
 DampingMode = Literal["relative", "absolute", "absolute_each"]
 
 TINY = 1e-30
@@ -85,16 +87,14 @@ def cholesky(damped_DD: Tensor, jitter: float = 0.0) -> tuple[Tensor, Tensor]:
     """Lower Cholesky factor of a damped matrix, and whether it failed.
 
     Args:
-        damped_DD: symmetric positive definite, in the dtype to factorize in; only the lower triangle is read. It is
-            overwritten when there is a jitter.
+        damped_DD: symmetric positive definite, in the dtype to factorize in; overwritten, only the lower triangle
+            is read.
         jitter: further shift, relative to the mean eigenvalue.
 
     Returns:
-        `(L_DD, failed)`; `failed` is a boolean scalar tensor, also true where L is not finite.
+        `(L_DD, failed)`; L is below and on the diagonal, above it there is anything. `failed` is a boolean scalar
+        tensor, also true where L is not finite.
     """
     if jitter:
         damped_DD.diagonal().add_(jitter * mean_eigenvalue(damped_DD))
-    factor_DD, info = torch.linalg.cholesky_ex(damped_DD)
-    # NaN compares false everywhere, so LAPACK may report success on it: look at the diagonal as well.
-    failed = (info != 0) | ~torch.isfinite(factor_DD.diagonal()).all()
-    return factor_DD, failed
+    return damped_DD, triangle.factorize_(damped_DD)

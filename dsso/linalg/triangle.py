@@ -49,14 +49,22 @@ def packed_size(dim: int) -> int:
     return dim * (dim + 1) // 2
 
 
-def add_gram_(sum_DD: Tensor, x_ND: Tensor) -> None:
-    """S += X^T X, in place, on and above the diagonal (blocks on it are filled on both sides).
+def add_gram_(sum_DD: Tensor, x_ND: Tensor, scale: float = 1.0, fresh: bool = False) -> None:
+    """S += scale X^T X, in place, on and above the diagonal (blocks on it are filled on both sides).
 
     A little more than half of the multiplications of a full product.
+
+    Args:
+        sum_DD: S.
+        x_ND: X.
+        scale: of the product.
+        fresh: S holds nothing yet: it is written, whatever was there.
     """
     x_DN = x_ND.mT
     for start, end in panels(sum_DD.shape[0]):
-        sum_DD[start:end, start:].addmm_(x_DN[start:end], x_ND[:, start:])
+        sum_DD[start:end, start:].addmm_(
+            x_DN[start:end], x_ND[:, start:], beta=0.0 if fresh else 1.0, alpha=scale
+        )
 
 
 def pack_into(out_P: Tensor, x_DD: Tensor) -> None:
@@ -99,25 +107,26 @@ def unpack(x_P: Tensor, dim: int) -> Tensor:
 
 
 def accumulate_(store_DD: Tensor, diagonal_D: Tensor, sum_DD: Tensor, keep: Tensor, take: Tensor) -> None:
-    """S <- keep S + take sum, in place; the Cholesky factor below the diagonal stays.
+    """S <- keep S + sum where `take`, in place; the Cholesky factor below the diagonal stays.
 
     Args:
         store_DD: see the module; any floating dtype, computed in that of `sum_DD`.
         diagonal_D: of S.
-        sum_DD: only the upper triangle is read.
+        sum_DD: only the upper triangle is read; overwritten.
         keep: scalar tensor.
-        take: boolean scalar tensor; where it is false nothing of `sum_DD` is used, not even a NaN.
+        take: boolean scalar tensor; where it is false S stays, and not even a NaN of the sum reaches it.
     """
-    zero = torch.zeros((), dtype=sum_DD.dtype, device=sum_DD.device)
+    # The fewest passes over memory: one multiply-add into the sum, one choice between it and what was there.
+    diagonal_D.copy_(torch.where(take, diagonal_D * keep + sum_DD.diagonal(), diagonal_D))
     for start, end in panels(store_DD.shape[0]):
         upper = _strictly_upper(end - start, store_DD.device)
-        block = store_DD[start:end, start:end]
-        new = block.to(sum_DD.dtype) * keep + torch.where(take, sum_DD[start:end, start:end], zero)
-        block.copy_(torch.where(upper, new.to(block.dtype), block))
+        block, new = store_DD[start:end, start:end], sum_DD[start:end, start:end]
+        new.addcmul_(block.to(new.dtype), keep)
+        torch.where(upper & take, new.to(block.dtype), block, out=block)
         if end < store_DD.shape[0]:
-            right = store_DD[start:end, end:]
-            right.copy_(right.to(sum_DD.dtype) * keep + torch.where(take, sum_DD[start:end, end:], zero))
-    diagonal_D.copy_(diagonal_D * keep + torch.where(take, sum_DD.diagonal(), zero))
+            right, new = store_DD[start:end, end:], sum_DD[start:end, end:]
+            new.addcmul_(right.to(new.dtype), keep)
+            torch.where(take, new.to(right.dtype), right, out=right)
 
 
 def symmetric(store_DD: Tensor, diagonal_D: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,15 +154,48 @@ def lower_of(
     return out_DD
 
 
+def factorize_(damped_DD: Tensor) -> Tensor:
+    """Cholesky factorization in place, of and into the lower triangle; whether it failed, a boolean scalar tensor.
+
+    On a CPU large matrices go panel by panel, each corrected by one product with those before it: LAPACK's routine
+    as torch calls it spends as long on clearing the other triangle as on the factorization.
+    """
+    dim = damped_DD.shape[0]
+    if damped_DD.device.type != "cpu" or dim <= 2 * PANEL:
+        lower_DD, info = torch.linalg.cholesky_ex(damped_DD)
+        damped_DD.copy_(lower_DD)
+        failed = info != 0
+    else:
+        failed = torch.zeros((), dtype=torch.bool, device=damped_DD.device)
+        eye = torch.eye(PANEL // 2, dtype=damped_DD.dtype, device=damped_DD.device)
+        for start in range(0, dim, PANEL // 2):
+            end = min(start + PANEL // 2, dim)
+            panel = damped_DD[start:, start:end]
+            if start:
+                panel.addmm_(damped_DD[start:, :start], damped_DD[start:end, :start].mT, alpha=-1.0)
+            corner, info = torch.linalg.cholesky_ex(panel[: end - start])
+            panel[: end - start] = corner
+            failed = failed | (info != 0)
+            if end < dim:
+                inverse = torch.linalg.solve_triangular(
+                    corner, eye[: end - start, : end - start], upper=False
+                )
+                panel[end - start :] = panel[end - start :] @ inverse.mT
+    # NaN compares false everywhere, so LAPACK may report success on it: look at the diagonal as well.
+    finite: Tensor = torch.isfinite(damped_DD.diagonal()).all()
+    bad: Tensor = failed | ~finite
+    return bad
+
+
 def write_lower_(store_DD: Tensor, chol_DD: Tensor, good: Tensor) -> None:
     """Keep a new Cholesky factor, in place, where `good` (boolean scalar tensor); S above the diagonal stays."""
     for start, end in panels(store_DD.shape[0]):
-        block = store_DD[start:end, start:end]
-        new = torch.where(good, chol_DD[start:end, start:end].to(block.dtype), block)
-        block.copy_(torch.where(_strictly_upper(end - start, store_DD.device), block, new))
+        block, new = store_DD[start:end, start:end], chol_DD[start:end, start:end]
+        lower = ~_strictly_upper(end - start, store_DD.device)
+        torch.where(lower & good, new.to(block.dtype), block, out=block)
         if start:
             left = store_DD[start:end, :start]
-            left.copy_(torch.where(good, chol_DD[start:end, :start].to(left.dtype), left))
+            torch.where(good, chol_DD[start:end, :start].to(left.dtype), left, out=left)
 
 
 def solve_lower(store_DD: Tensor, v_DR: Tensor) -> Tensor:

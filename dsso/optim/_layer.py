@@ -1,11 +1,11 @@
-"""Preconditioning one layer's gradient with its pair of factors.
+"""Preconditioning layers' gradients with their pairs of factors.
 
 Legend of shape suffixes: `I` inputs (+1 for a bias), `O` outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,24 +33,7 @@ class LayerPair:
         """Both factors have a usable factorization, a boolean scalar tensor."""
         return self.a.ready if self.g is None else self.a.ready & self.g.ready
 
-    def precondition(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """U = G^-1 M A^-1 as flattened parameters; zero while a factorization is missing.
-
-        Returns:
-            Updates by parameter name, and whether there is a gradient but no usable pair (boolean scalar tensor).
-        """
-        layer, ready = self.layer, self.ready()
-        m_OI = self._matrix(gradients)
-        u_OI = m_OI if self.g is None else self.g.solve(m_OI)
-        u_OI = self.a.solve(u_OI.mT).mT
-        u_OI = torch.where(ready, u_OI, torch.zeros_like(u_OI))
-        w_OI = u_OI[:, : layer.inputs]
-        updates = {layer.weight: (w_OI.mT if layer.transposed else w_OI).reshape(-1)}
-        if layer.bias is not None:
-            updates[layer.bias] = u_OI[:, layer.inputs].reshape(-1)
-        return updates, ~ready & (m_OI != 0).any()
-
-    def _matrix(self, gradients: Mapping[str, Tensor]) -> Tensor:
+    def matrix(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """The layer's gradient, [outputs, inputs (+1)]."""
         layer, flat = self.layer, gradients[self.layer.weight]
         if layer.transposed:
@@ -60,3 +43,43 @@ class LayerPair:
         if layer.bias is None:
             return m_OI
         return torch.cat([m_OI, gradients[layer.bias].view(-1, 1)], dim=1)
+
+    def flattened(self, u_OI: Tensor) -> dict[str, Tensor]:
+        """A matrix of the layer's shape as flattened parameters, by name."""
+        layer = self.layer
+        w_OI = u_OI[:, : layer.inputs]
+        out = {layer.weight: (w_OI.mT if layer.transposed else w_OI).reshape(-1)}
+        if layer.bias is not None:
+            out[layer.bias] = u_OI[:, layer.inputs].reshape(-1)
+        return out
+
+
+def precondition(
+    pairs: Sequence[LayerPair], gradients: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """U = G^-1 M A^-1 of layers that have one A; zero while a factorization is missing.
+
+    A is read once for all of them: with the few rows of an adapter, reading it is what a solve costs.
+
+    Args:
+        pairs: layers with the same `a`.
+        gradients: flattened, by parameter name.
+
+    Returns:
+        Flattened updates by parameter name, and for every layer whether there is a gradient but no usable pair
+        (boolean scalar tensors).
+    """
+    matrices = [pair.matrix(gradients) for pair in pairs]
+    half = [
+        m_OI if pair.g is None else pair.g.solve(m_OI) for pair, m_OI in zip(pairs, matrices, strict=True)
+    ]
+    v_IO = torch.cat(half).mT if len(half) > 1 else half[0].mT
+    parts = torch.split(pairs[0].a.solve(v_IO).mT, [m_OI.shape[0] for m_OI in matrices])
+    updates: dict[str, Tensor] = {}
+    waits = []
+    for pair, m_OI, u_OI in zip(pairs, matrices, parts, strict=True):
+        ready = pair.ready()
+        # Without a usable pair the factorizations are those of the identity, so this multiplies no NaN by zero.
+        updates |= pair.flattened(u_OI * ready)
+        waits.append(~ready & (m_OI != 0).any())
+    return updates, waits

@@ -34,7 +34,7 @@ from dsso.errors import RecipeError, RunError
 from dsso.linalg.kron import DampingMode
 from dsso.optim._factor import Factor
 from dsso.optim._kfac_layout import layer_dims
-from dsso.optim._layer import LayerPair
+from dsso.optim._layer import LayerPair, precondition
 from dsso.optim._refresh import Refresh, Stagger
 from dsso.optim._rules import Rule
 from dsso.optim._statistics import Statistics
@@ -207,6 +207,10 @@ class Method(GradientMethod):
             for layer, (a, g) in zip(self.layers, pairs, strict=True)
             if rank in self.placement.appliers[layer.name]
         ]
+        groups: dict[int, list[LayerPair]] = {}
+        for pair in self._pairs:
+            groups.setdefault(id(pair.a), []).append(pair)
+        self._groups = list(groups.values())
         every = self.placement.factors
         self._measured = Stagger({k: f.measure_cost(1024) for k, f in every.items()}, config.stagger)
         self._factorized = Stagger({k: f.refresh_cost for k, f in every.items()}, config.stagger)
@@ -291,11 +295,12 @@ class Method(GradientMethod):
         """U = G^-1 M A^-1 for the layers that this rank applies; zero for a layer without usable factors."""
         updates: dict[str, Tensor] = {}
         waiting = self._like.clone()
-        for pair in self._pairs:
-            found, waits = pair.precondition(gradients)
-            updates.update(found)
-            if self.owners[pair.layer.weight] == self.rank:
-                waiting = waiting + waits.to(waiting.dtype)
+        for pairs in self._groups:
+            found, waits = precondition(pairs, gradients)
+            updates |= found
+            for pair, waits_for_pair in zip(pairs, waits, strict=True):
+                if self.owners[pair.layer.weight] == self.rank:
+                    waiting += waits_for_pair
         return updates, waiting
 
     # -- state --------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,12 +14,15 @@ from torch import Tensor
 from dsso import tasks
 from dsso.config import ModelConfig, PeftConfig, TaskConfig
 from dsso.engines import make_optimizer
+from dsso.engines.ddp import DDPEngine
 from dsso.engines.deepspeed import DeepSpeedEngine
+from dsso.engines.fsdp2 import FSDP2Engine
 from dsso.engines.single import SingleEngine
 from dsso.optim.kfac import BaseConfig, Config
 
 STEPS = 5
-GLOBAL_BATCH = 16
+ENGINES = ("zero-0", "zero-1", "zero-2", "zero-3", "fsdp2", "ddp")
+OWN_LAYOUT = ("fsdp2", "ddp")
 # name: (model, parameter-efficient tuning, head)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5-lora": ("tiny-t5", {"type": "lora", "r": 4, "alpha": 8.0}),
@@ -35,7 +38,7 @@ class Case:
     """One cell of the table."""
 
     model: str
-    stage: int
+    engine: str
     world_size: int
     gas: int
     checkpointing: str
@@ -44,43 +47,50 @@ class Case:
     fisher: str = "empirical"
 
     @property
-    def reference(self) -> tuple[str, bool, str, str]:
+    def batch(self) -> int:
+        """Examples of a global batch; three ranks cannot share 16."""
+        return 24 if self.world_size == 3 else 16
+
+    @property
+    def reference(self) -> tuple[str, bool, str, str, int]:
         """What the single-process reference depends on."""
-        return (self.model, self.padded, self.fisher, self.dtype)
+        return (self.model, self.padded, self.fisher, self.dtype, self.batch)
 
     def __str__(self) -> str:
         fill = "padded" if self.padded else "full"
         return (
-            f"{self.model:13s} zero-{self.stage} W={self.world_size} gas={self.gas} {self.checkpointing:13s} {fill:6s}"
+            f"{self.model:13s} {self.engine:6s} W={self.world_size} gas={self.gas} {self.checkpointing:13s} {fill:6s}"
             f" {self.dtype} {self.fisher}"
         )
 
 
 def all_cases(world_size: int) -> Iterator[Case]:
-    """The whole matrix at 1 and 2 ranks; at 4 and 8 a slice of it, all stages and models."""
+    """The whole matrix at 1 and 2 ranks; at more a slice of it, all engines and models."""
     if world_size <= 2:
-        axes = itertools.product(MODELS, range(4), (1, 4), CHECKPOINTING, (True, False))
+        axes = itertools.product(MODELS, ENGINES, (1, 4), CHECKPOINTING, (True, False))
     else:
-        gas = (1, 4) if world_size == 4 else (1, 2)
-        axes = itertools.product(MODELS, range(4), gas, ("none",), (True,))
-    for model, stage, steps, checkpointing, padded in axes:
-        yield Case(model, stage, world_size, steps, checkpointing, padded)
+        gas = (1, 2) if world_size == 8 else (1, 4)
+        axes = itertools.product(MODELS, ENGINES, gas, ("none",), (True,))
+    for model, engine, steps, checkpointing, padded in axes:
+        yield Case(model, engine, world_size, steps, checkpointing, padded)
 
 
-def few_cases(world_size: int) -> Iterator[Case]:
+def few_cases(world_size: int, engines: Sequence[str] = ENGINES) -> Iterator[Case]:
     """A slice for every day: each value of each axis at least once."""
-    for index, (model, stage) in enumerate(itertools.product(MODELS, range(4))):
+    for index, (model, engine) in enumerate(itertools.product(MODELS, engines)):
         # Latin square over the other axes.
-        turn = index + index // 4
-        yield Case(model, stage, world_size, (1, 4)[turn % 2], CHECKPOINTING[turn % 3], turn % 4 < 2)
-    for stage in range(4):
-        yield Case("bert-adapter", stage, world_size, 1, "none", True, fisher="sampled")
+        turn = index + index // len(engines)
+        yield Case(model, engine, world_size, (1, 4)[turn % 2], CHECKPOINTING[turn % 3], turn % 4 < 2)
+    for index, engine in enumerate(engines):
+        yield Case(
+            "bert-adapter", engine, world_size, (1, 4)[index % 2], CHECKPOINTING[index % 3], True, fisher="sampled"
+        )
 
 
 def bf16_cases(world_size: int) -> Iterator[Case]:
-    """All stages and models with weights in bf16."""
-    for model, stage in itertools.product(MODELS, range(4)):
-        yield Case(model, stage, world_size, 1, "none", True, dtype="bfloat16")
+    """All engines and models with weights in bf16."""
+    for model, engine in itertools.product(MODELS, ENGINES):
+        yield Case(model, engine, world_size, 1, "none", True, dtype="bfloat16")
 
 
 @lru_cache(maxsize=32)
@@ -141,7 +151,7 @@ def train(engine: Any, data: Any, case: Case, rank: int, world_size: int, gas: i
 
     engine.train()
     for step in range(STEPS):
-        indices = tasks.data.global_batch(len(data.train), GLOBAL_BATCH, 0, step)
+        indices = tasks.data.global_batch(len(data.train), case.batch, 0, step)
         terms = sum(data.terms(i) for i in indices) / (world_size * gas)
         for part in tasks.data.micro_batches(indices, rank, world_size, gas):
             batch = data.collate([data.train[i] for i in part], part)
@@ -166,7 +176,7 @@ def reference(case: Case) -> dict[str, Tensor]:
     if case.dtype == "bfloat16":
         bundle.model.bfloat16()
     optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case.fisher), torch.device("cpu"))
-    engine = SingleEngine(bundle.model, optimizer, torch.device("cpu"), 1, GLOBAL_BATCH)
+    engine = SingleEngine(bundle.model, optimizer, torch.device("cpu"), 1, case.batch)
     try:
         return train(engine, data, case, 0, 1, 1)
     finally:
@@ -174,19 +184,34 @@ def reference(case: Case) -> dict[str, Tensor]:
 
 
 def sharded(case: Case, rank: int) -> dict[str, Tensor]:
-    """The same under DeepSpeed, on this rank of the running process group."""
+    """The same under the case's engine, on this rank of the running process group."""
     bundle, data = build(case, case.checkpointing)
     optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case.fisher), torch.device("cpu"))
-    micro = GLOBAL_BATCH // case.world_size // case.gas
+    make = _own_layout if case.engine in OWN_LAYOUT else _deepspeed
+    engine = make(case, bundle.model, optimizer, case.batch // case.world_size // case.gas)
+    try:
+        return train(engine, data, case, rank, case.world_size, case.gas)
+    finally:
+        engine.close()
+
+
+def _own_layout(case: Case, model: Any, optimizer: Any, micro: int) -> Any:
+    cpu = torch.device("cpu")
+    if case.engine == "fsdp2":
+        return FSDP2Engine(model, optimizer, cpu, case.gas, micro, dtype=getattr(torch, case.dtype))
+    return DDPEngine(model.to(getattr(torch, case.dtype)), optimizer, cpu, case.gas, micro)
+
+
+def _deepspeed(case: Case, model: Any, optimizer: Any, micro: int) -> Any:
     ds_config = {
-        "train_batch_size": GLOBAL_BATCH,
+        "train_batch_size": case.batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": case.gas,
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         # Small buckets cut parameters between ranks and reductions; small persistent parameters are cut as well.
         "zero_optimization": {
-            "stage": case.stage,
+            "stage": int(case.engine[-1]),
             "sub_group_size": 10**12,
             "reduce_bucket_size": 20000,
             "allgather_bucket_size": 20000,
@@ -196,11 +221,7 @@ def sharded(case: Case, rank: int) -> dict[str, Tensor]:
     }
     if case.dtype == "bfloat16":
         ds_config["bf16"] = {"enabled": True}
-    engine = DeepSpeedEngine(bundle.model, optimizer, torch.device("cpu"), ds_config)
-    try:
-        return train(engine, data, case, rank, case.world_size, case.gas)
-    finally:
-        engine.close()
+    return DeepSpeedEngine(model, optimizer, torch.device("cpu"), ds_config)
 
 
 def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:

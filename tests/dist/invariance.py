@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument(
         "--bf16", action="store_true", help="bf16 cases at 2 ranks as well, against one process in bf16"
     )
-    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8], help="numbers of ranks")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 3, 4, 8], help="numbers of ranks")
     arguments = parser.parse_args()
     worst = rounded = 0.0
     with tempfile.TemporaryDirectory() as folder:

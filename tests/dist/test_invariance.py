@@ -41,13 +41,21 @@ def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_bf16_weights_stay_within_their_rounding(tmp_path: Path) -> None:
     cases = _table().cases
-    _check(list(cases.bf16_cases(2))[::3], 2, tmp_path)
+    _check(list(cases.bf16_cases(2))[::5], 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+def test_three_ranks_with_shards_of_uneven_size(tmp_path: Path) -> None:
+    cases = _table().cases
+    _check(list(cases.few_cases(3, cases.OWN_LAYOUT)), 3, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 def test_the_whole_table(world_size: int, tmp_path: Path) -> None:
     cases = _table().cases
     _check(list(cases.all_cases(world_size)), world_size, tmp_path)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from dsso.engines import launch_environment, make_optimizer, start
+from dsso.engines.ddp import DDPEngine
+from dsso.engines.fsdp2 import FSDP2Engine
 from dsso.engines.single import SingleEngine
 from dsso.optim.kfac import Config
 
@@ -38,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "base": {"type": "AdamW", "applies_to": "all"},
     },
 }
-"""Steps 3 and 5 lie within an interval; in `rich` a factorization is under way at step 3."""
+"""Steps 3 and 5 lie within an interval; in `rich` factorizations are under way at step 3."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Leg:
 
     name: str
     engine: str
-    """`single` or a ZeRO stage."""
+    """`single`, `ddp`, `fsdp2` or a ZeRO stage."""
     dtype: str = "fp32"
     load: str | None = None
     """Leg whose checkpoint is read."""
@@ -77,10 +79,13 @@ def build(leg: Leg, world_size: int, momentum: float = 0.9) -> Any:
     model = Net()
     micro = GLOBAL_BATCH // (2 * world_size)
     settings = {**SETTINGS[leg.settings], "momentum": momentum}
-    if leg.engine == "single":
-        if leg.dtype == "bf16":
-            model.bfloat16()
-        return SingleEngine(model, make_optimizer(model, "KFAC", Config(**settings), CPU), CPU, 2, micro)
+    number = torch.bfloat16 if leg.dtype == "bf16" else torch.float32
+    optimizer = make_optimizer(model, "KFAC", Config(**settings), CPU)
+    if leg.engine == "fsdp2":
+        return FSDP2Engine(model, optimizer, CPU, 2, micro, dtype=number)
+    if leg.engine in ("single", "ddp"):
+        kind = SingleEngine if leg.engine == "single" else DDPEngine
+        return kind(model.to(number), optimizer, CPU, 2, micro)
     from dsso.engines.deepspeed import DeepSpeedEngine
 
     config: dict[str, Any] = {
@@ -94,7 +99,7 @@ def build(leg: Leg, world_size: int, momentum: float = 0.9) -> Any:
     }
     if leg.dtype != "fp32":
         config[leg.dtype] = {"enabled": True}
-    made = DeepSpeedEngine(model, make_optimizer(model, "KFAC", Config(**settings), CPU), CPU, config)
+    made = DeepSpeedEngine(model, optimizer, CPU, config)
     made.train()
     return made
 

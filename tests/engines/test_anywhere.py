@@ -28,10 +28,9 @@ BEFORE = [
     Leg("straight-bf16", "single", "bf16", last=LAST),
     Leg("straight-rich", "single", last=LAST, settings="rich"),
 ]
-WRITTEN = [Leg(f"zero{stage}", str(stage)) for stage in range(4)] + [
-    Leg("zero2-bf16", "2", "bf16"),
-    Leg("zero1-rich", "1", settings="rich"),
-]
+WRITTEN = [Leg(f"zero{stage}", str(stage)) for stage in range(4)] + [Leg("zero2-bf16", "2", "bf16")]
+WRITTEN += [Leg("fsdp2", "fsdp2"), Leg("ddp", "ddp"), Leg("fsdp2-bf16", "fsdp2", "bf16")]
+WRITTEN += [Leg("zero1-rich", "1", settings="rich")]
 MOVED = [
     Leg("zero2-to-3", "3", load="zero2", first=3, last=LAST),
     Leg("zero3-to-1", "1", load="zero3", first=3, last=LAST),
@@ -39,13 +38,22 @@ MOVED = [
     Leg("zero0-to-2", "2", load="zero0", first=3, last=LAST),
     Leg("single-to-zero2", "2", load="single", first=3, last=LAST),
     Leg("single-to-zero3", "3", load="single", first=3, last=LAST),
+    Leg("zero3-to-fsdp2", "fsdp2", load="zero3", first=3, last=LAST),
+    Leg("fsdp2-to-zero2", "2", load="fsdp2", first=3, last=LAST),
+    Leg("fsdp2-to-ddp", "ddp", load="fsdp2", first=3, last=LAST),
+    Leg("ddp-to-fsdp2", "fsdp2", load="ddp", first=3, last=LAST),
+    Leg("single-to-fsdp2", "fsdp2", load="single", first=3, last=LAST),
+    Leg("zero2-bf16-to-fsdp2", "fsdp2", "bf16", load="zero2-bf16", first=3, last=LAST),
+    Leg("fsdp2-bf16-to-zero1", "1", "bf16", load="fsdp2-bf16", first=3, last=LAST),
     Leg("zero2-bf16-to-3", "3", "bf16", load="zero2-bf16", first=3, last=LAST),
     Leg("zero2-bf16-to-0", "0", "bf16", load="zero2-bf16", first=3, last=LAST),
     Leg("single-bf16-to-zero1", "1", "bf16", load="single-bf16", first=3, last=LAST),
     Leg("zero1-rich-to-3", "3", load="zero1-rich", first=3, last=LAST, settings="rich"),
+    Leg("zero1-rich-to-fsdp2", "fsdp2", load="zero1-rich", first=3, last=LAST, settings="rich"),
 ]
 AFTER = [
     Leg("zero2-to-single", "single", load="zero2", first=3, last=5),
+    Leg("fsdp2-to-single", "single", load="fsdp2", first=3, last=LAST),
     Leg("zero3-to-single", "single", load="zero3", first=3, last=LAST),
     Leg("zero2-bf16-to-single", "single", "bf16", load="zero2-bf16", first=3, last=LAST),
     Leg("zero1-rich-to-single", "single", load="zero1-rich", first=3, last=LAST, settings="rich"),
@@ -55,6 +63,8 @@ AFTER = [
 CHAIN = [
     Leg("two-one-four-zero3", "3", load="zero2-to-single", first=5, last=LAST),
     Leg("two-one-four-zero1", "1", load="zero2-to-single", first=5, last=LAST),
+    Leg("two-one-four-fsdp2", "fsdp2", load="zero2-to-single", first=5, last=LAST),
+    Leg("two-one-four-ddp", "ddp", load="zero2-to-single", first=5, last=LAST),
 ]
 
 

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 PLACES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("dsso/engines/",),
+    "torch.distributed.fsdp": ("dsso/engines/",),
     "matplotlib": ("dsso/plots.py", "docs/"),
     "torchmetrics": ("dsso/tasks/metrics.py",),
     "peft": ("dsso/tasks/",),
@@ -79,9 +80,10 @@ def violations(source: str, path: str) -> list[str]:
         rank = layer_of(name)
         if own is not None and rank is not None and rank > own:
             found.append(f"{path}:{line}: {name} is a layer above")
-        places = PLACES.get(name.split(".")[0])
-        if places is not None and path.startswith("dsso/") and not path.startswith(places):
-            found.append(f"{path}:{line}: {name.split('.')[0]} belongs in {' or '.join(places)}")
+        for package_, places in PLACES.items():
+            inside = f"{name}.".startswith(f"{package_}.")
+            if inside and path.startswith("dsso/") and not path.startswith(places):
+                found.append(f"{path}:{line}: {package_} belongs in {' or '.join(places)}")
     return sorted(set(found))
 
 
@@ -102,6 +104,7 @@ def test_the_check_sees_violations() -> None:
     assert violations("from ..engines import build", "dsso/optim/kfac.py")
     assert violations("from dsso import tasks", "dsso/engines/single.py")
     assert violations("def f():\n    import deepspeed.comm", "dsso/optim/kfac.py")
+    assert violations("from torch.distributed.fsdp import fully_shard", "dsso/tasks/models.py")
     assert not violations("from dsso.linalg import kron\nimport torch", "dsso/optim/kfac.py")
     assert not violations("import deepspeed", "dsso/engines/deepspeed.py")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dsso.linalg import triangle
 
-SIDES = (1, 5, 255, 256, 257, 600)
+SIDES = (1, 5, 255, 256, 257, 512, 600, 1000)
 
 
 def _data(dim: int, seed: int = 0, rows: int = 9) -> torch.Tensor:
@@ -31,8 +31,8 @@ def test_sum_packing_and_both_matrices_in_one_square(dim: int) -> None:
 
     store_DD, diagonal_D = torch.eye(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64)
     one, yes = torch.tensor(1.0, dtype=torch.float64), torch.tensor(True)
-    triangle.accumulate_(store_DD, diagonal_D, sum_DD, one, yes)
-    triangle.accumulate_(store_DD, diagonal_D, sum_DD, one / 2, yes)
+    triangle.accumulate_(store_DD, diagonal_D, sum_DD.clone(), one, yes)
+    triangle.accumulate_(store_DD, diagonal_D, sum_DD.clone(), one / 2, yes)
     torch.testing.assert_close(triangle.symmetric(store_DD, diagonal_D, torch.float64), 1.5 * full_DD)
     assert torch.equal(store_DD.tril(), torch.eye(dim, dtype=torch.float64))
 
@@ -40,6 +40,8 @@ def test_sum_packing_and_both_matrices_in_one_square(dim: int) -> None:
     wanted_DD = full_DD / 2 + 2 * torch.eye(dim, dtype=torch.float64)
     torch.testing.assert_close(damped_DD.tril(), wanted_DD.tril())
     chol_DD = torch.linalg.cholesky(wanted_DD)
+    assert not triangle.factorize_(damped_DD)
+    torch.testing.assert_close(damped_DD.tril(), chol_DD)
     triangle.write_lower_(store_DD, chol_DD, yes)
     assert torch.equal(store_DD.tril(), chol_DD)
     torch.testing.assert_close(triangle.symmetric(store_DD, diagonal_D, torch.float64), 1.5 * full_DD)
@@ -76,7 +78,18 @@ def test_narrow_storage_rounds_and_nothing_else(dim: int, seed: int) -> None:
     x_ND = _data(dim, seed).float()
     store_DD, diagonal_D = torch.eye(dim, dtype=torch.bfloat16), torch.zeros(dim)
     sum_DD = x_ND.mT @ x_ND
-    triangle.accumulate_(store_DD, diagonal_D, sum_DD, torch.tensor(0.0), torch.tensor(True))
+    triangle.accumulate_(store_DD, diagonal_D, sum_DD.clone(), torch.tensor(0.0), torch.tensor(True))
     found_DD = triangle.symmetric(store_DD, diagonal_D, torch.float32)
     torch.testing.assert_close(found_DD, sum_DD, rtol=2**-8, atol=1e-30)
     assert torch.equal(found_DD.diagonal(), sum_DD.diagonal())
+
+
+@pytest.mark.parametrize("dim", [40, 700])
+@pytest.mark.parametrize("spoil", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("where", [0, 35])
+def test_a_failed_factorization_is_reported(dim: int, spoil: float, where: int) -> None:
+    """In the first panel and in the last one."""
+    x_DD = torch.eye(dim) * 2
+    assert not triangle.factorize_(x_DD.clone())
+    x_DD[dim - 1 - where, dim - 1 - where] = spoil
+    assert triangle.factorize_(x_DD)
