@@ -30,7 +30,36 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-full": ("tiny-llama", {"type": "none"}),
     "bert-adapter": ("tiny-bert", {"type": "adapter", "bottleneck": 8}),
 }
+SHAPING = ("low_rank", "low_rank_above", "block_side", "token_stride", "async_delay", "stagger")
+"""Settings that the step itself depends on."""
 CHECKPOINTING = ("none", "reentrant", "non_reentrant")
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    # Buckets that cut every factor, one number at a time in the worst place.
+    "odd-buckets": {"bucket_mb": 37 * 4e-6, "overlap": True},
+    "no-overlap": {"overlap": False, "bucket_mb": 0.003},
+    "at-once": {"stagger": False},
+    "not-shared": {"share_inputs": "off"},
+    "low-rank": {"low_rank": 8, "low_rank_above": 16},
+    "blocks": {"block_side": 23},
+    "stride": {"token_stride": 3},
+    "delayed": {"async_delay": 2},
+    "communication": {"strategy": "communication_optimal"},
+    "hybrid": {"strategy": "hybrid_optimal", "grad_worker_fraction": 0.67},
+    "mixture": {
+        "low_rank": 6,
+        "low_rank_above": 24,
+        "block_side": 33,
+        "token_stride": 2,
+        "async_delay": 1,
+        "strategy": "communication_optimal",
+        "bucket_mb": 101 * 4e-6,
+    },
+}
+"""Settings of K-FAC: some change the step, but none may depend on how it is computed. Statistics on the wire in bf16
+are not among them: their sums are rounded rank by rank."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +74,7 @@ class Case:
     padded: bool
     dtype: str = "float32"
     fisher: str = "empirical"
+    variant: str = ""
 
     @property
     def batch(self) -> int:
@@ -52,15 +82,17 @@ class Case:
         return 24 if self.world_size == 3 else 16
 
     @property
-    def reference(self) -> tuple[str, bool, str, str, int]:
+    def reference(self) -> tuple[str, bool, str, str, int, str]:
         """What the single-process reference depends on."""
-        return (self.model, self.padded, self.fisher, self.dtype, self.batch)
+        # How statistics travel and who applies them is no setting of a single process.
+        shape = {key: VARIANTS[self.variant][key] for key in SHAPING if key in VARIANTS[self.variant]}
+        return (self.model, self.padded, self.fisher, self.dtype, self.batch, repr(shape))
 
     def __str__(self) -> str:
         fill = "padded" if self.padded else "full"
         return (
             f"{self.model:13s} {self.engine:6s} W={self.world_size} gas={self.gas} {self.checkpointing:13s} {fill:6s}"
-            f" {self.dtype} {self.fisher}"
+            f" {self.dtype} {self.fisher} {self.variant}".rstrip()
         )
 
 
@@ -85,6 +117,14 @@ def few_cases(world_size: int, engines: Sequence[str] = ENGINES) -> Iterator[Cas
         yield Case(
             "bert-adapter", engine, world_size, (1, 4)[index % 2], CHECKPOINTING[index % 3], True, fisher="sampled"
         )
+
+
+def variant_cases(world_size: int, engines: Sequence[str] = ENGINES) -> Iterator[Case]:
+    """Every setting of K-FAC with every model, the engines in turn."""
+    for index, (variant, model) in enumerate(itertools.product(list(VARIANTS)[1:], MODELS)):
+        turn = index + index // len(MODELS)
+        gas, checkpointing = ((1, 4)[turn % 2], CHECKPOINTING[turn % 3]) if world_size <= 2 else (1, "none")
+        yield Case(model, engines[turn % len(engines)], world_size, gas, checkpointing, True, variant=variant)
 
 
 def bf16_cases(world_size: int) -> Iterator[Case]:
@@ -128,8 +168,16 @@ def _start_generic(model: torch.nn.Module) -> None:
                 parameter.mul_(0.1 / parameter.std())
 
 
-def kfac_config(fisher: str = "empirical") -> Config:
-    """Settings under which a step has clipping, momentum, decay and averages to get wrong."""
+def kfac_config(case: Case, alone: bool = False) -> Config:
+    """Settings under which a step has clipping, momentum, decay and averages to get wrong.
+
+    Args:
+        case: the cell.
+        alone: for the single process, whose statistics do not travel.
+    """
+    settings = VARIANTS[case.variant]
+    if alone:
+        settings = {key: settings[key] for key in SHAPING if key in settings}
     return Config(
         lr=0.02,
         momentum=0.9,
@@ -137,10 +185,11 @@ def kfac_config(fisher: str = "empirical") -> Config:
         damping=0.1,
         factor_interval=[[0, 1], [3, 2]],
         inverse_interval=[[0, 1], [3, 2]],
-        fisher=fisher,
+        fisher=case.fisher,
         clip="post",
         tau=1.0,
         base=BaseConfig(type="SGD", lr=0.01),
+        **settings,
     )
 
 
@@ -175,7 +224,7 @@ def reference(case: Case) -> dict[str, Tensor]:
     bundle, data = build(case, "none")
     if case.dtype == "bfloat16":
         bundle.model.bfloat16()
-    optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case.fisher), torch.device("cpu"))
+    optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case, alone=True), torch.device("cpu"))
     engine = SingleEngine(bundle.model, optimizer, torch.device("cpu"), 1, case.batch)
     try:
         return train(engine, data, case, 0, 1, 1)
@@ -186,7 +235,7 @@ def reference(case: Case) -> dict[str, Tensor]:
 def sharded(case: Case, rank: int) -> dict[str, Tensor]:
     """The same under the case's engine, on this rank of the running process group."""
     bundle, data = build(case, case.checkpointing)
-    optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case.fisher), torch.device("cpu"))
+    optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case), torch.device("cpu"))
     make = _own_layout if case.engine in OWN_LAYOUT else _deepspeed
     engine = make(case, bundle.model, optimizer, case.batch // case.world_size // case.gas)
     try:

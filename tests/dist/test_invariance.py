@@ -44,6 +44,14 @@ def test_bf16_weights_stay_within_their_rounding(tmp_path: Path) -> None:
     _check(list(cases.bf16_cases(2))[::5], 2, tmp_path)
 
 
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+def test_no_setting_depends_on_how_it_is_computed(tmp_path: Path) -> None:
+    cases = _table().cases
+    chosen = list(cases.variant_cases(2))
+    _check([case for index, case in enumerate(chosen) if index % 4 == index // 4 % 4], 2, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(900)

@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "base": {"type": "AdamW", "applies_to": "all"},
     },
 }
-"""Steps 3 and 5 lie within an interval; in `rich` a factorization is under way at step 3."""
+"""Steps 3 and 5 lie within an interval; in `rich` factorizations are under way at step 3."""
 
 
 @dataclass(frozen=True)

@@ -150,15 +150,22 @@ def checkpoint(stage: int, dtype: str, accumulate: str | None) -> list[str]:
     """Saved in the middle of an interval, loaded by a fresh engine, the run goes on bit by bit."""
     folder = broadcast_object(tempfile.mkdtemp() if launch_environment().rank == 0 else None)
     settings: dict[str, Any] = {"factor_interval": 2, "inverse_interval": 4, "tau": 0.3}
+    if dtype == "fp16":
+        settings["scale"] = 20  # the first steps overflow
     straight = engine(stage, dtype, accumulate, **settings)
     for seed in range(3):
         step(straight, seed)
     straight.save_checkpoint(folder, "tag", {"epoch": 7})
+    written = straight.engine_state()
     for seed in range(3, 7):
         step(straight, seed)
     resumed = engine(stage, dtype, accumulate, **settings)
     client = resumed.load_checkpoint(folder, "tag")
     problems = [] if client == {"epoch": 7} and resumed.global_steps == 3 else [f"client state: {client}"]
+    if resumed.engine_state() != written:
+        problems.append(f"state of the engine: {resumed.engine_state()} instead of {written}")
+    if dtype == "fp16" and not (written["skipped_steps"] and written["loss_scaler"]["cur_scale"] < 2**20):
+        problems.append(f"no overflow: {written}")
     for seed in range(3, 7):
         step(resumed, seed)
     differing = changed(straight.gathered_state_dict(), resumed.gathered_state_dict())
@@ -247,6 +254,7 @@ def main() -> None:
     accelerator.supported_dtypes = lambda: list(DTYPES.values())
     for stage in (1, 2, 3):
         report(out, overflow, (stage,))
+        report(out, checkpoint, (stage, "fp16", None))
     torch.distributed.destroy_process_group()
 
 

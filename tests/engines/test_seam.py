@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCENARIOS = {
     "fp16_without_support": 1,
     "nan_on_one_rank": 9,
-    "checkpoint": 9,
+    "checkpoint": 12,
     "unused": 4,
     "foreign_layout": 3,
     "overflow": 3,

@@ -56,15 +56,54 @@ def test_two_ranks_do_what_one_does(whole: Path, tmp_path: Path, monkeypatch: py
     assert summary(whole)["state_bytes"] < summary(whole)["state_bytes_all_ranks"]
 
 
+def difference(mine: Path, theirs: Path) -> float:
+    """Distance of the weights at the end of two runs, over what the last two steps made of them.
+
+    A relative difference of each parameter means little here: biases that were zero are nothing but a few updates.
+    """
+    ours, others, before = partitions(mine), partitions(theirs), partitions(theirs, 8)
+    assert ours.keys() == others.keys()
+    names = [name for name in ours if name.startswith("weight/")]
+    apart, moved = (
+        torch.cat([ours[name] - others[name] for name in names]).norm(),
+        torch.cat([before[name] - others[name] for name in names]).norm(),
+    )
+    return float(apart / moved)
+
+
+def same_course(mine: Path, theirs: Path) -> None:
+    """The logged steps and evaluations of `mine` are those of `theirs` from some step on, to rounding."""
+    for steps in (True, False):
+        ours = lines(mine, steps)
+        for one, other in zip(ours, lines(theirs, steps)[-len(ours) :], strict=True):
+            assert one["step"] == other["step"]
+            if steps:
+                assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+            else:
+                assert one["eval"]["metrics"] == pytest.approx(other["eval"]["metrics"], rel=1e-4)
+
+
 def test_a_signal_to_one_rank_stops_all_and_they_go_on_exactly(
-    whole: Path, tmp_path: Path, command: Command
+    whole: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
+    from tests.launch.runs import train
+
     recipe, out = write_recipe(tmp_path, PLAIN), tmp_path / "out"
     stopped = run(command, recipe, out, fault="term:1:6")
     assert "stopped after step 7; --resume auto goes on" in stopped.stdout
     assert stopped.returncode == 143
     assert checkpoints(out)[-1] == "step_00000007"
     assert not (out / "summary.json").exists()
+    # One process goes on elsewhere with what two have written in the middle of a logging interval.
+    source, alone = out / "checkpoints" / "step_00000007", tmp_path / "alone"
+    arguments = ("--ds_config", recipe, "--output_dir", alone, "--resume", source)
+    assert train(monkeypatch, *arguments) == 0
+    told = capfd.readouterr().out
+    assert "step_00000007: written by 2 ranks (ZeRO 1), goes on with 1 rank (single): to rounding" in told
+    assert [line["step"] for line in lines(alone)] == [8, 10]
+    same_course(alone, whole)
+    assert difference(alone, whole) <= 1e-4
+    # And so do the two themselves.
     assert run(command, recipe, out, "--resume", "auto").returncode == 0
     assert lines(out) == lines(whole)
     assert lines(out, steps=False) == lines(whole, steps=False)
@@ -187,6 +226,25 @@ def test_every_stage_goes_on_exactly(
     for mine, theirs in zip(lines(tmp_path / "out", False), lines(tmp_path / "one", False), strict=True):
         assert mine["eval"]["metrics"] == pytest.approx(theirs["eval"]["metrics"], rel=1e-3)
     assert summary(tmp_path / "out")["best_step"] == summary(tmp_path / "one")["best_step"]
+
+
+@pytest.mark.slow
+def test_one_rank_then_two_on_another_stage(
+    whole: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.launch.runs import train
+
+    out = tmp_path / "out"
+    short = write_recipe(tmp_path, PLAIN)
+    assert (
+        train(monkeypatch, "--ds_config", short, "--output_dir", out, "--set", "dsso.train.max_steps=5") == 0
+    )
+    recipe = write_recipe(tmp_path, PLAIN | {"zero_optimization.stage": 3})
+    done = run(command, recipe, out, "--resume", "auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "written by 1 rank (single), goes on with 2 ranks (ZeRO 3)" in done.stdout
+    assert summary(out)["steps"] == 10
+    assert difference(out, whole) <= 1e-4
 
 
 @pytest.mark.slow

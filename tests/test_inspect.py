@@ -1,0 +1,129 @@
+"""What the tool says of a checkpoint is what the factors are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dsso.checkpoint import Checkpointer
+from dsso.engines import make_optimizer
+from dsso.engines.single import SingleEngine
+from dsso.inspect import inspect, main
+from dsso.optim.kfac import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 4
+Capture = pytest.CaptureFixture[str]
+
+
+def trained(**settings: Any) -> SingleEngine:
+    """A few steps on noise."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 3))
+    cpu = torch.device("cpu")
+    config = Config(factor_interval=1, inverse_interval=1, stagger=False, **settings)
+    engine = SingleEngine(model, make_optimizer(model, "KFAC", config, cpu), cpu, 1, 8)
+    for _ in range(STEPS):
+        x, y = torch.randn(8, 20), torch.randint(3, (8,))
+        engine.backward(nn.functional.cross_entropy(engine(x), y), terms=8)
+        engine.step()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SingleEngine]:
+    """A run's directory with one checkpoint, and the engine that wrote it."""
+    folder = tmp_path_factory.mktemp("inspected")
+    engine = trained(low_rank=5, low_rank_above=20, block_side=7)
+    keeper = Checkpointer(folder / "checkpoints", 2)
+    keeper.save(engine, STEPS, {}, {})
+    return folder, engine
+
+
+def test_figures_of_the_factors(run: tuple[Path, SingleEngine]) -> None:
+    folder, engine = run
+    found = inspect(folder)
+    method: Any = engine.optimizer.method
+    assert {factor["factor"] for factor in found["factors"]} == set(method.factors)
+    for told in found["factors"]:
+        factor = method.factors[told["factor"]]
+        average = factor.matrix().double()
+        values = torch.linalg.eigvalsh(average)
+        damped = values + float(method.refresh._shifts[told["factor"]])
+        assert told["sides"] == factor.dims.blocks
+        assert told["mean"] == pytest.approx(float(values.mean()), rel=1e-5)
+        assert told["condition"] == pytest.approx(float(damped.max() / damped.min()), rel=1e-3)
+        assert told["rank"] == int((values > 1e-6 * values.max()).sum())
+        assert (told["age"], told["owner"], told["ready"], told["failed"]) == (0, 0, True, False)
+    # 21 rows in three blocks
+    wide = next(factor for factor in found["factors"] if factor["factor"] == "0/a")
+    assert wide["sides"] == (7, 7, 7)
+
+
+def test_low_rank_forms_and_ages(tmp_path: Path) -> None:
+    engine = trained(low_rank=5, low_rank_above=15, async_delay=2)
+    engine.save_checkpoint(tmp_path, "mine", {})
+    found = {factor["factor"]: factor for factor in inspect(tmp_path / "mine")["factors"]}
+    wide, method = found["0/a"], engine.optimizer.method
+    assert (wide["kind"], wide["kept"], wide["sides"]) == ("low rank", 5, (21,))
+    assert wide["pending"] == 2
+    assert found["2/g"]["kind"] == "dense"
+    block = method.factors["0/a"].blocks[0]  # type: ignore[union-attr]
+    inverse_DD = block.applied @ block.inverse_KK @ block.applied.mT + block.tail * torch.eye(21)
+    values = torch.linalg.eigvalsh(inverse_DD.double())
+    assert wide["condition"] == pytest.approx(float(values.max() / values.min()), rel=1e-3)
+
+
+def test_the_description(run: tuple[Path, SingleEngine], capsys: Capture) -> None:
+    folder, engine = run
+    assert main([str(folder / "checkpoints" / "step_00000004"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["steps"], found["world_size"], found["engine"], found["stage"]) == (4, 1, "single", None)
+    assert (found["method"], found["dtype"], found["lr"]) == ("kfac", "float32", 0.05)
+    assert found["elements"] == sum(p.numel() for p in engine.module.parameters())
+    assert found["bytes"]["total"] == sum(
+        file.stat().st_size
+        for file in (folder / "checkpoints" / "step_00000004").rglob("*")
+        if file.is_file()
+    )
+    assert found["bytes"]["partition"] > 2 * 4 * found["elements"]  # weights and momenta
+    assert main([str(folder), "--quick"]) == 0
+    text = capsys.readouterr().out
+    assert "written by 1 rank(s), single; optimizer kfac" in text
+    assert "0/a     dense  3x7" in text
+
+
+def test_what_cannot_be_used(run: tuple[Path, SingleEngine], tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    one = folder / "checkpoints" / "step_00000004"
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "PATH: no checkpoint is there" in capsys.readouterr().err
+    file = one / "dsso" / "method_rank00000.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert main([str(folder)]) == 1
+    assert "content of dsso/method_rank00000.safetensors is not what was written" in capsys.readouterr().err
+    file.write_bytes(whole[:50])
+    for path in (folder, one):
+        assert main([str(path)]) == 1
+        assert "has 50 bytes instead of" in capsys.readouterr().err
+    # the newest good one is shown, and the other is named
+    shutil.copytree(run[0] / "checkpoints" / "step_00000004", folder / "checkpoints" / "step_00000003")
+    assert main([str(folder)]) == 0
+    assert "passed over: step_00000004" in capsys.readouterr().out
+
+
+def test_the_command(run: tuple[Path, SingleEngine]) -> None:
+    words = [sys.executable, "-m", "dsso.inspect", str(run[0]), "--quick"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    assert "step 4 (0 skipped)" in done.stdout
+    assert not done.stderr
