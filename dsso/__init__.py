@@ -30,6 +30,7 @@ def initialize(
     config: str | Path | Mapping[str, Any],
     training_data: Dataset[Any] | None = None,
     collate_fn: Any = None,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> tuple[EngineBase, PartitionOptimizer, DataLoader[Any] | None, Any]:
     """Put a model into the engine that a recipe names, with the recipe's optimizer.
 
@@ -38,6 +39,8 @@ def initialize(
         config: a recipe, or the path of one.
         training_data: a data set for the returned loader; each rank sees its own share.
         collate_fn: of the loader.
+        example_inputs: keyword arguments of a small forward pass, from which K-FAC learns which layers read the same
+            tensor; None: made up for a Hugging Face model, other models share no factor.
 
     Returns:
         `(engine, optimizer, loader, scheduler)` as `deepspeed.initialize` returns them; loader and scheduler are
@@ -51,7 +54,7 @@ def initialize(
     environment = launch_environment()
     resolved = recipe.resolved(environment.world_size)
     start(environment, resolved.dsso.train.timeout_minutes)
-    engine = build(model, resolved, environment)
+    engine = build(model, resolved, environment, example_inputs)
     loader: DataLoader[Any] | None = None
     if training_data is not None:
         sampler: DistributedSampler[Any] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,12 @@ _NAMES = {"deepspeed": "DeepSpeed", "fsdp2": "FSDP2", "ddp": "DDP"}
 
 
 def make_optimizer(
-    model: nn.Module, kind: str, config: Any, device: torch.device, clip: float = 0.0
+    model: nn.Module,
+    kind: str,
+    config: Any,
+    device: torch.device,
+    clip: float = 0.0,
+    example: Mapping[str, Any] | None = None,
 ) -> PartitionOptimizer:
     """The optimizer of a recipe, not attached to an engine yet.
 
@@ -33,13 +39,17 @@ def make_optimizer(
         config: its validated parameters.
         device: where the method's state lives.
         clip: largest gradient norm for baselines; 0: none.
+        example: keyword arguments of a small forward pass, from which K-FAC learns which layers read the same tensor;
+            None: made up for a Hugging Face model.
     """
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise RecipeError("no parameter of the model is trainable", where="dsso.peft")
     parameters = [p for _, p in trainable]
     if kind.upper() in available():
-        method = resolve(kind).Method(config, model, device, collectives.rank(), collectives.world_size())
+        method = resolve(kind).Method(
+            config, model, device, collectives.rank(), collectives.world_size(), example
+        )
         clipping = Clipping(config.clip, config.tau, config.kl_clip)
         return PartitionOptimizer(parameters, config.lr, method.rules(), method, clipping)
     clipping = Clipping("pre", clip) if clip > 0 else Clipping()
@@ -65,7 +75,12 @@ def _scheduler(optimizer: PartitionOptimizer, section: dict[str, Any] | None) ->
     return getattr(lr_schedules, section["type"])(optimizer, **section.get("params", {}))
 
 
-def build(model: nn.Module, resolved: Any, environment: Environment | None = None) -> EngineBase:
+def build(
+    model: nn.Module,
+    resolved: Any,
+    environment: Environment | None = None,
+    example: Mapping[str, Any] | None = None,
+) -> EngineBase:
     """The engine that a resolved recipe asks for; collective under a launcher.
 
     Without a launcher any recipe runs on one device in this process: by the invariance of the step the result is the
@@ -75,6 +90,7 @@ def build(model: nn.Module, resolved: Any, environment: Environment | None = Non
         model: the model, with its adapters and `requires_grad` flags.
         resolved: from `dsso.recipe`.
         environment: from `launch_environment`; read anew when None.
+        example: see `make_optimizer`.
 
     Raises:
         RecipeError: for an engine, precision or model that cannot work.
@@ -95,7 +111,9 @@ def build(model: nn.Module, resolved: Any, environment: Environment | None = Non
         if bf16:
             model.to(torch.bfloat16)
         model.to(device)
-    optimizer = make_optimizer(model, resolved.optimizer_type, resolved.optimizer_config, device, clip)
+    optimizer = make_optimizer(
+        model, resolved.optimizer_type, resolved.optimizer_config, device, clip, example
+    )
     if engine == "deepspeed":
         return DeepSpeedEngine(model, optimizer, device, ds_config)
     scheduler = _scheduler(optimizer, ds_config.get("scheduler"))

@@ -71,9 +71,11 @@ def update(old: LowRank, y_DK: Tensor, trace: Tensor, keep: Tensor) -> LowRank:
     core_KK = old.basis_DK.mT @ z_DK
     core_KK = (core_KK + core_KK.mT) / 2
     total = keep * old.trace + trace
-    # The shift makes the core invertible where data has not filled the rank; it is taken off again with Z + shift Q.
+    # The shift makes the core invertible where data has not filled the rank, and lets such columns of the basis stay
+    # where they were instead of following rounding errors. S + shift I has the same eigenvectors, and the shift is
+    # taken off again; the form stays positive semi-definite, as no eigenvalue of the approximation is below it.
     rank = core_KK.shape[0]
-    shift = (torch.finfo(core_KK.dtype).eps * 8) * core_KK.diagonal().sum().clamp_min(0) + 1e-37
+    shift = (torch.finfo(core_KK.dtype).eps * 1024) * core_KK.diagonal().sum().clamp_min(0) + 1e-37
     eye_KK = torch.eye(rank, dtype=core_KK.dtype, device=core_KK.device)
     chol_KK, info = torch.linalg.cholesky_ex(core_KK + shift * eye_KK)
     basis_DK, r_KK = torch.linalg.qr(z_DK + shift * old.basis_DK)

@@ -65,9 +65,9 @@ class FactorDims:
 
     @property
     def elements(self) -> int:
-        """Numbers kept by an owner: sum and factorization in one square and a diagonal, or basis and two cores."""
+        """Numbers kept by an owner: sum and factorization in one square and a diagonal, or two bases and two cores."""
         return sum(
-            d * self.kept_rank(d) + 2 * self.kept_rank(d) ** 2 if self.kept_rank(d) else d * d + d
+            2 * d * self.kept_rank(d) + 2 * self.kept_rank(d) ** 2 + 2 if self.kept_rank(d) else d * d + d
             for d in self.blocks
         )
 

@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "odd-buckets": {"bucket_mb": 37 * 4e-6, "overlap": True},
     "no-overlap": {"overlap": False, "bucket_mb": 0.003},
     "at-once": {"stagger": False},
-    "not-shared": {"share_inputs": "off"},
+    "not-shared": {"share_inputs": "off", "stagger": False},
     "low-rank": {"low_rank": 8, "low_rank_above": 16},
     "blocks": {"block_side": 23},
     "stride": {"token_stride": 3},
@@ -115,7 +115,13 @@ def few_cases(world_size: int, engines: Sequence[str] = ENGINES) -> Iterator[Cas
         yield Case(model, engine, world_size, (1, 4)[turn % 2], CHECKPOINTING[turn % 3], turn % 4 < 2)
     for index, engine in enumerate(engines):
         yield Case(
-            "bert-adapter", engine, world_size, (1, 4)[index % 2], CHECKPOINTING[index % 3], True, fisher="sampled"
+            "bert-adapter",
+            engine,
+            world_size,
+            (1, 4)[index % 2],
+            CHECKPOINTING[index % 3],
+            True,
+            fisher="sampled",
         )
 
 
