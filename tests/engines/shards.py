@@ -273,6 +273,38 @@ def checkpoint(writer: str, reader: str, dtype: str) -> list[str]:
     return problems
 
 
+def no_host_synchronization(kind: str, dtype: str) -> list[str]:
+    """Nothing in a window asks the device for a value; only decisions of the step before are read, a step late."""
+    e = engine(kind, dtype, **EAGER)
+    for seed in range(3):
+        step(e, seed)
+    asked: list[str] = []
+    real = {
+        name: getattr(Tensor, name) for name in ("item", "cpu", "numpy", "__bool__", "__float__", "__int__")
+    }
+
+    def watched(name: str) -> Any:
+        def ask(self: Tensor, *arguments: Any, **options: Any) -> Any:
+            frames = [f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in traceback.extract_stack()[-4:-1]]
+            asked.append(f"{name} in {' < '.join(reversed(frames))}")
+            return real[name](self, *arguments, **options)
+
+        return ask
+
+    for name in real:
+        setattr(Tensor, name, watched(name))
+    try:
+        for seed in range(3, 6):
+            step(e, seed)
+    finally:
+        for name, method in real.items():
+            setattr(Tensor, name, method)
+    before = len(asked)
+    e.health()
+    e.close()
+    return sorted(set(asked[:before]))
+
+
 def refusals() -> list[str]:
     """Models that cannot be cut, and a layout that is not what it is read to be."""
     problems = []
@@ -339,6 +371,7 @@ def main() -> None:
     only = sys.argv[2:]
     for kind in ("fsdp2", "ddp"):
         plan += [(nan_on_one_rank, (kind, dtype)) for dtype in ("float32", "bfloat16")]
+        plan += [(no_host_synchronization, (kind, dtype)) for dtype in ("float32", "bfloat16")]
         plan += [(rank_0_decides, (kind,)), (evaluation_within_a_window, (kind,))]
     plan += [(unused, ("fsdp2", case)) for case in ({"side": False}, {"left": False}, {"depth": 2})]
     plan += [(unused_in_an_older_torch, (case,)) for case in ({"side": False}, {"left": False})]

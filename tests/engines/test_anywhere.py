@@ -28,9 +28,16 @@ BEFORE = [
     Leg("straight-bf16", "single", "bf16", last=LAST),
     Leg("straight-rich", "single", last=LAST, settings="rich"),
 ]
-WRITTEN = [Leg(f"zero{stage}", str(stage)) for stage in range(4)] + [Leg("zero2-bf16", "2", "bf16")]
-WRITTEN += [Leg("fsdp2", "fsdp2"), Leg("ddp", "ddp"), Leg("fsdp2-bf16", "fsdp2", "bf16")]
-WRITTEN += [Leg("zero1-rich", "1", settings="rich")]
+WRITTEN = [Leg(f"zero{stage}", str(stage)) for stage in range(4)] + [
+    Leg("zero2-bf16", "2", "bf16"),
+    Leg("zero1-rich", "1", settings="rich"),
+]
+WRITTEN += [
+    Leg("fsdp2", "fsdp2"),
+    Leg("ddp", "ddp"),
+    Leg("fsdp2-bf16", "fsdp2", "bf16"),
+    Leg("fsdp2-rich", "fsdp2", settings="rich"),
+]
 MOVED = [
     Leg("zero2-to-3", "3", load="zero2", first=3, last=LAST),
     Leg("zero3-to-1", "1", load="zero3", first=3, last=LAST),
@@ -49,13 +56,13 @@ MOVED = [
     Leg("zero2-bf16-to-0", "0", "bf16", load="zero2-bf16", first=3, last=LAST),
     Leg("single-bf16-to-zero1", "1", "bf16", load="single-bf16", first=3, last=LAST),
     Leg("zero1-rich-to-3", "3", load="zero1-rich", first=3, last=LAST, settings="rich"),
-    Leg("zero1-rich-to-fsdp2", "fsdp2", load="zero1-rich", first=3, last=LAST, settings="rich"),
 ]
 AFTER = [
     Leg("zero2-to-single", "single", load="zero2", first=3, last=5),
     Leg("fsdp2-to-single", "single", load="fsdp2", first=3, last=LAST),
     Leg("zero3-to-single", "single", load="zero3", first=3, last=LAST),
     Leg("zero2-bf16-to-single", "single", "bf16", load="zero2-bf16", first=3, last=LAST),
+    Leg("fsdp2-rich-to-single", "single", load="fsdp2-rich", first=3, last=LAST, settings="rich"),
     Leg("zero1-rich-to-single", "single", load="zero1-rich", first=3, last=LAST, settings="rich"),
     # the masters are fp32 in any case
     Leg("zero2-bf16-to-fp32", "single", "fp32", load="zero2-bf16", first=3, last=LAST),

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCENARIOS = {
     "refusals(": 1,
     "nan_on_one_rank(": 4,
+    "no_host_synchronization(": 4,
     "rank_0_decides(": 2,
     "evaluation_within_a_window(": 2,
     "unused(": 3,
