@@ -141,7 +141,11 @@ class Statistics:
         """Take the sums of all ranks into the factors that this rank owns, nothing where `bad`; collective."""
         sums = self.capture.sums
         order = [key for key in self._order if key in sums]
-        terms = torch.as_tensor(self.capture.terms, dtype=self._like.dtype, device=self._like.device)
+        terms = self.capture.terms
+        # A number is filled in on the device; a copy from the host would wait for it.
+        if not isinstance(terms, Tensor):
+            terms = self._like.new_full((), terms)
+        terms = terms.to(dtype=self._like.dtype, device=self._like.device)
         counted = torch.stack([*(sums[key].count for key in order), terms])
         if self._distributed:
             dist.all_reduce(counted, group=self._group)

@@ -21,6 +21,7 @@ from dsso.engines.single import SingleEngine
 from dsso.optim.kfac import BaseConfig, Config
 
 STEPS = 5
+CPU = torch.device("cpu")
 ENGINES = ("zero-0", "zero-1", "zero-2", "zero-3", "fsdp2", "ddp")
 OWN_LAYOUT = ("fsdp2", "ddp")
 # name: (model, parameter-efficient tuning, head)
@@ -209,7 +210,7 @@ def train(engine: Any, data: Any, case: Case, rank: int, world_size: int, gas: i
         indices = tasks.data.global_batch(len(data.train), case.batch, 0, step)
         terms = sum(data.terms(i) for i in indices) / (world_size * gas)
         for part in tasks.data.micro_batches(indices, rank, world_size, gas):
-            batch = data.collate([data.train[i] for i in part], part)
+            batch = data.collate([data.train[i] for i in part], part).to(engine.device)
             loss = data.loss_sum(engine(**batch.inputs), batch) / terms
             engine.backward(loss, terms=terms)
             if engine.wants_sampled_pass():
@@ -225,39 +226,38 @@ def train(engine: Any, data: Any, case: Case, rank: int, world_size: int, gas: i
     return dict(engine.gathered_state_dict())
 
 
-def reference(case: Case) -> dict[str, Tensor]:
+def reference(case: Case, device: torch.device = CPU) -> dict[str, Tensor]:
     """One process, the whole batch at once, no checkpointing."""
     bundle, data = build(case, "none")
     if case.dtype == "bfloat16":
         bundle.model.bfloat16()
-    optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case, alone=True), torch.device("cpu"))
-    engine = SingleEngine(bundle.model, optimizer, torch.device("cpu"), 1, case.batch)
+    optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case, alone=True), device)
+    engine = SingleEngine(bundle.model.to(device), optimizer, device, 1, case.batch)
     try:
         return train(engine, data, case, 0, 1, 1)
     finally:
         engine.close()
 
 
-def sharded(case: Case, rank: int) -> dict[str, Tensor]:
+def sharded(case: Case, rank: int, device: torch.device = CPU) -> dict[str, Tensor]:
     """The same under the case's engine, on this rank of the running process group."""
     bundle, data = build(case, case.checkpointing)
-    optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case), torch.device("cpu"))
+    optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case), device)
     make = _own_layout if case.engine in OWN_LAYOUT else _deepspeed
-    engine = make(case, bundle.model, optimizer, case.batch // case.world_size // case.gas)
+    engine = make(case, bundle.model.to(device), optimizer, case.batch // case.world_size // case.gas, device)
     try:
         return train(engine, data, case, rank, case.world_size, case.gas)
     finally:
         engine.close()
 
 
-def _own_layout(case: Case, model: Any, optimizer: Any, micro: int) -> Any:
-    cpu = torch.device("cpu")
+def _own_layout(case: Case, model: Any, optimizer: Any, micro: int, device: torch.device) -> Any:
     if case.engine == "fsdp2":
-        return FSDP2Engine(model, optimizer, cpu, case.gas, micro, dtype=getattr(torch, case.dtype))
-    return DDPEngine(model.to(getattr(torch, case.dtype)), optimizer, cpu, case.gas, micro)
+        return FSDP2Engine(model, optimizer, device, case.gas, micro, dtype=getattr(torch, case.dtype))
+    return DDPEngine(model.to(getattr(torch, case.dtype)), optimizer, device, case.gas, micro)
 
 
-def _deepspeed(case: Case, model: Any, optimizer: Any, micro: int) -> Any:
+def _deepspeed(case: Case, model: Any, optimizer: Any, micro: int, device: torch.device) -> Any:
     ds_config = {
         "train_batch_size": case.batch,
         "train_micro_batch_size_per_gpu": micro,
@@ -276,7 +276,7 @@ def _deepspeed(case: Case, model: Any, optimizer: Any, micro: int) -> Any:
     }
     if case.dtype == "bfloat16":
         ds_config["bf16"] = {"enabled": True}
-    return DeepSpeedEngine(model, optimizer, torch.device("cpu"), ds_config)
+    return DeepSpeedEngine(model, optimizer, device, ds_config)
 
 
 def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
