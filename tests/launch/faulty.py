@@ -1,7 +1,9 @@
 """`launch/train.py` with something going wrong on one rank at one step: `DSSO_FAULT=kind:rank:step`.
 
 Kinds: `nan` (the loss, from that step on), `die` (SIGKILL), `raise` (an error nobody foresaw), `hang`, `term`
-(SIGTERM), `full` (no room on the disk while that rank writes its part of the checkpoint after `step` steps).
+(SIGTERM), `full` (no room on the disk while that rank writes its part of the checkpoint after `step` steps),
+`stop-refresh` and `die-refresh` (asleep, or killed, between sending its statistics and the end of that step's
+factorizations).
 """
 
 from __future__ import annotations
@@ -67,6 +69,24 @@ def fill_disk() -> None:
     portable.save_file = full
 
 
+def break_refresh() -> None:
+    """Stop in the middle of a refresh: statistics are on the wire, the other ranks wait for this one's part."""
+    from dsso.optim._refresh import Refresh
+
+    whole = Refresh._floor
+
+    def floor(refresh: Refresh, *arguments: Any) -> Any:
+        if int(WHEN) == calls["made"]:
+            if KIND == "die-refresh":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(300)
+        calls["made"] += 1
+        return whole(refresh, *arguments)
+
+    calls = {"made": 0}
+    Refresh._floor = floor  # type: ignore[method-assign]
+
+
 if MINE:
-    fill_disk() if KIND == "full" else break_loop()
+    {"full": fill_disk, "stop-refresh": break_refresh, "die-refresh": break_refresh}.get(KIND, break_loop)()
 sys.exit(train.main())

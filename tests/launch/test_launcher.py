@@ -175,6 +175,19 @@ def test_a_rank_that_hangs_ends_the_others_within_the_time_out(tmp_path: Path, c
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", ["die-refresh:1:3", "stop-refresh:1:3"])
+def test_a_rank_that_stops_in_the_middle_of_a_refresh_ends_the_others(
+    fault: str, tmp_path: Path, command: Command
+) -> None:
+    """The exchange of statistics has a process group of its own; its waits have an end as well."""
+    recipe = write_recipe(tmp_path, PLAIN | {"dsso.train.timeout_minutes": 0.1})
+    done = run(command, recipe, tmp_path / "out", fault=fault)
+    assert done.returncode != 0
+    told = done.stdout + done.stderr
+    assert "rank 0: another rank has ended, or did not answer within dsso.train.timeout_minutes" in told
+
+
+@pytest.mark.slow
 def test_an_unforeseen_error_names_the_rank(tmp_path: Path, command: Command) -> None:
     done = run(command, write_recipe(tmp_path, PLAIN), tmp_path / "out", fault="raise:1:3")
     assert done.returncode != 0
