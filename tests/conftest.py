@@ -68,6 +68,20 @@ def data_root() -> Path:
     return Path(value)
 
 
+@pytest.fixture
+def forbid_host_sync(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it, and from then on asking a tensor for its value on the host raises an `AssertionError`."""
+
+    def forbidden(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("host synchronization in a step")
+
+    def begin() -> None:
+        for name in ("item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+            monkeypatch.setattr(torch.Tensor, name, forbidden)
+
+    return begin
+
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
