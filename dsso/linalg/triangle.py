@@ -149,7 +149,9 @@ def lower_of(
         shift: scalar tensor.
         dtype: to compute in.
     """
-    out_DD = store_DD.mT.to(dtype, copy=True).mul_(scale.to(dtype))
+    # Row by row in memory, as the square that the result is copied back into.
+    out_DD = torch.empty(store_DD.shape, dtype=dtype, device=store_DD.device).copy_(store_DD.mT)
+    out_DD.mul_(scale.to(dtype))
     out_DD.diagonal().copy_(diagonal_D.to(dtype) * scale.to(dtype) + shift.to(dtype))
     return out_DD
 
