@@ -2,10 +2,10 @@
 
     DSSO_DATA=... python tests/bench/kfac_loss.py --out runs/loss
 
-Every run is `launch/train.py` on the shipped recipe `configs/kfac_minilm_mrpc_lora.json` in one process; what differs is
-set on the command line. The figure is the mean training loss of the last 50 steps. A cheap form passes when its mean over
-the seeds lies within the range of the exact one's seeds, or below it. A finished run is not repeated, so the script can
-be stopped at any time. The last line is one line of JSON.
+Every run is `launch/train.py` on the shipped recipe `configs/kfac_minilm_mrpc_lora.json` in one process; what differs
+is set on the command line. The figure is the mean training loss of the last 50 steps. A cheap form passes when its mean
+over the seeds lies within the range of the exact one's seeds, or below it. A finished run is not repeated, so the
+script can be stopped at any time. The last line is one line of JSON.
 """
 
 from __future__ import annotations
