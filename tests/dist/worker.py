@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cases
 import torch
 
-from dsso.engines import launch_environment, start
+from dsso.engines import launch_environment, start, stop
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
             }
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-    torch.distributed.destroy_process_group()
+    stop()
 
 
 main()
