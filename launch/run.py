@@ -62,10 +62,12 @@ def run(job: Job, place: engines.Environment) -> int:
             log.close()
             _say(job, f"stopped after step {loop.step}; --resume auto goes on")
             engine.close()
+            engines.stop()
             return 128 + outcome.signum
         finish(job, engine, loop, outcome)
         log.close()
         engine.close()
+    engines.stop()
     return 0
 
 

@@ -1,6 +1,6 @@
 """Adapters between a training engine and dsso; nothing else imports deepspeed."""
 
 from dsso.engines.build import build, make_optimizer
-from dsso.engines.environment import Environment, launch_environment, start
+from dsso.engines.environment import Environment, launch_environment, start, stop
 
-__all__ = ["Environment", "build", "launch_environment", "make_optimizer", "start"]
+__all__ = ["Environment", "build", "launch_environment", "make_optimizer", "start", "stop"]

@@ -1,4 +1,4 @@
-"""Which process this is among how many, whoever launched it, and starting the process group.
+"""Which process this is among how many, whoever launched it; starting and ending the process group.
 
 Known launchers set `RANK`, `LOCAL_RANK` and `WORLD_SIZE` (`deepspeed`, `torchrun`, `accelerate`). None of them set
 means one process and no process group; no MPI is looked for.
@@ -7,6 +7,7 @@ means one process and no process group; no MPI is looked for.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from dsso.errors import RecipeError
 
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_GRACE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,18 @@ def start(environment: Environment, timeout_minutes: float = 10.0) -> None:
     # The host has a group of its own beside the GPUs': flags and objects need not pass through a device.
     backend = "cpu:gloo,cuda:nccl" if environment.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+
+
+def stop() -> None:
+    """End the process group, if there is one; every rank calls it as its last collective call.
+
+    Threads of the group let go of tensors a moment after a collective call has returned, for which they need the
+    interpreter; one that asks for it while the process ends aborts the process. FSDP2's groups outlive
+    `destroy_process_group`, which else waits for its threads, so they are given the moment here.
+    """
+    if not dist.is_initialized():
+        return
+    if dist.get_world_size() > 1:
+        dist.barrier()
+        time.sleep(_GRACE_SECONDS)
+    dist.destroy_process_group()

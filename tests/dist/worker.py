@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cases
 import torch
 
-from dsso.engines import launch_environment, start
+from dsso.engines import launch_environment, start, stop
 
 
 def main() -> None:
@@ -46,9 +46,7 @@ def main() -> None:
             }
             with out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-    torch.distributed.barrier()
-    # Results are written; tearing gloo down under load may abort on one of its threads.
-    os._exit(0)
+    stop()
 
 
 main()

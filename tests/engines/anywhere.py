@@ -18,7 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from torch import Tensor, nn
 
-from dsso.engines import launch_environment, make_optimizer, start
+from dsso.engines import launch_environment, make_optimizer, start, stop
 from dsso.engines.ddp import DDPEngine
 from dsso.engines.fsdp2 import FSDP2Engine
 from dsso.engines.single import SingleEngine
@@ -153,7 +153,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for leg in legs:
         run(leg, folder, place.world_size)
-    torch.distributed.destroy_process_group()
+    stop()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dsso.engines import launch_environment, make_optimizer, start
+from dsso.engines import launch_environment, make_optimizer, start, stop
 from dsso.engines.ddp import DDPEngine
 from dsso.engines.fsdp2 import FSDP2Engine
 from dsso.errors import RecipeError, RunError
@@ -384,7 +384,7 @@ def main() -> None:
         if only and scenario.__name__ not in only:
             continue
         report(out, scenario, arguments)
-    torch.distributed.destroy_process_group()
+    stop()
 
 
 def report(out: Path, scenario: Any, arguments: tuple[Any, ...]) -> None:
