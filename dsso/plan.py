@@ -42,8 +42,8 @@ class RankBytes:
         moments: of the optimizer.
         factors: Kronecker factors with their factorizations.
         gradients: as the optimizer finds them when it steps.
-        gradients_in_pass: at the end of a window's last backward pass.
-        buckets: buffers of the engine while passes run, at most.
+        gradients_in_pass: most at the end of a micro-batch's backward pass.
+        buckets: what the engine has only while a pass runs, at most.
         statistics: sums of a window that measures all factors, and their buffers, at most.
         statistics_later: of the largest window once measurements are spread.
         refresh: factorizations that wait to be taken over, when all are made in one step.
@@ -169,6 +169,7 @@ class Plan:
         gpu_bytes: memory asked for, None where none was.
         strategies: what each strategy needs.
         remedies: what was tried where it does not fit, up to the first that does.
+        rows: `parameter, shape, method, owner, reason` of every trained parameter.
         notes: what the user should know.
     """
 
@@ -188,6 +189,7 @@ class Plan:
     gpu_bytes: int | None = None
     strategies: tuple[StrategyRow, ...] = ()
     remedies: tuple[Remedy, ...] = ()
+    rows: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -325,8 +327,28 @@ def _plan(
         wire=wire,
         operations=_operations(seen, recipe, method),
         gpu_bytes=gpu_bytes,
+        rows=tuple(_rows(seen, recipe, method)),
         notes=seen.notes,
     )
+
+
+def _rows(seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | None) -> Iterator[dict[str, Any]]:
+    """Which method takes which parameter, and who owns its factors."""
+    owners = {}
+    if method is not None:
+        owners = {n: method.placement.owner[layer.name] for layer in seen.layers for n in layer.parameters}
+    config = recipe.optimizer_config
+    for weight in seen.trained:
+        kind = recipe.optimizer_type
+        if isinstance(config, Config) and weight.name not in owners:
+            kind = config.base.type
+        yield {
+            "parameter": weight.name,
+            "shape": weight.shape,
+            "method": kind,
+            "owner": owners.get(weight.name),
+            "reason": seen.rest.get(weight.name, ""),
+        }
 
 
 def _moments(seen: Survey, recipe: ResolvedRecipe) -> dict[str, tuple[str, ...]]:
@@ -403,7 +425,7 @@ def _remedies(seen: Survey, recipe: Recipe, found: Plan, engine: str | None) -> 
 
 
 def _alternatives(recipe: Recipe, found: Plan) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """Changes in words, as overrides, and the number of ranks: first what leaves the step as it is, then what does not."""
+    """Changes in words, as overrides, and the number of ranks; what leaves the step as it is comes first."""
     world = found.world_size
     same: list[tuple[str, str]] = []
     config = recipe.optimizer_config

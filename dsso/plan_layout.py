@@ -31,9 +31,10 @@ class Layout:
         masters: bytes of fp32 copies that the optimizer steps; 0 where it steps the weights themselves.
         partition: elements of the optimizer's buffers, padding included: each moment has as many.
         held: elements of each trained parameter in them.
-        passes: bytes of gradients when the backward pass of a window's last micro-batch ends.
+        passes: most bytes of gradients when the backward pass of a micro-batch ends.
         gradients: bytes of gradients when the optimizer steps.
-        buckets: bytes of the engine's buffers while passes run: reduction buckets and weights gathered for use.
+        buckets: bytes that are there only while a pass runs: reduction buckets, weights gathered for use, and the
+            pass's own gradients beside the sum of those before.
         lasting: those of them that stay during the step.
         averaging: bytes of copies of gradients between the passes and the step.
     """
@@ -85,14 +86,16 @@ def _numel(weights: list[Weight]) -> int:
 def _replica(survey: Survey, recipe: ResolvedRecipe, engine: str) -> Layout:
     b, n = _BYTES[recipe.precision.dtype], _numel(survey.trained)
     half = b < 4
+    buckets = 0
     if not half:
         passes = step = 4 * n
     elif engine == "zero-0":
         # The weights' own gradients are accumulated, and stay beside the copies that are stepped.
         passes, step = b * n, (b + 4) * n
     else:
-        # The window's sum in fp32, and what the pass leaves at the weights.
-        passes, step = b * n + (4 * n if recipe.gas > 1 else 0), 4 * n
+        # The window's sum in fp32; what a pass leaves at the weights goes into it at once.
+        passes = step = 4 * n
+        buckets = b * n if recipe.gas > 1 else 0
     several = recipe.world_size > 1
     return Layout(
         weights=b * survey.total + survey.buffer_bytes,
@@ -101,6 +104,7 @@ def _replica(survey: Survey, recipe: ResolvedRecipe, engine: str) -> Layout:
         held={weight.name: weight.numel for weight in survey.trained},
         passes=passes,
         gradients=step,
+        buckets=buckets,
         averaging=0 if not several else 4 * n if engine == "ddp" else b * min(n, _BUCKET),
     )
 
@@ -147,14 +151,15 @@ def _zero_12(survey: Survey, recipe: ResolvedRecipe, engine: str, rank: int) -> 
         )
     contiguous = bool(_zero(recipe, "contiguous_gradients", True))
     if engine == "zero-1":
-        passes = (a if a != b else b) * n + (a * whole if a != b or recipe.gas > 1 else 0)
+        # Whole gradients are summed up to the window's last pass, which reduces them.
+        passes = a * n if recipe.gas > 1 else a * whole
         bucket *= a
     elif a != b:
         passes = 4 * share
         bucket *= b
     else:
-        passes = b * whole * (2 if recipe.gas > 1 else 1)
-        bucket *= b
+        passes = b * whole
+        bucket = b * (bucket + (whole if recipe.gas > 1 else 0))
     return Layout(
         weights=frozen + b * aligned,
         masters=4 * share,
@@ -178,7 +183,7 @@ def _zero_3(survey: Survey, recipe: ResolvedRecipe, rank: int) -> Layout:
     lasting = b * int(_zero(recipe, "reduce_bucket_size", _BUCKET)) if contiguous else 0
     return Layout(
         weights=b * (sum(pieces.values()) + sum(persistent)) + survey.buffer_bytes,
-        masters=4 * share if b < 4 else 0,
+        masters=4 * share,
         partition=share,
         held={name: numel for name, numel in held.items() if numel},
         passes=a * share,
@@ -222,7 +227,7 @@ def _fsdp2(survey: Survey, recipe: ResolvedRecipe, rank: int) -> Layout:
         masters=0,
         partition=sum(held.values()),
         held=held,
-        passes=4 * padded + whole,
+        passes=max(4 * padded, whole),
         gradients=4 * padded,
         # The root's stay for the backward pass; the next block is gathered while one computes, and the gradients of
         # one are packed to be reduced.
@@ -251,15 +256,14 @@ def traffic(survey: Survey, recipe: ResolvedRecipe, engine: str) -> Traffic:
         return Traffic(reduced, b * gas * (2 * survey.total - root))
     if engine == "zero-0":
         return Traffic(sent * n, 0)
-    if keeps_all_in_fp32(recipe, engine):
-        return Traffic(4 * n, b * n)
     if engine == "zero-3":
         threshold = int(_zero(recipe, "stage3_param_persistence_threshold", _PERSISTENT))
         small = [w for w in survey.weights if w.numel <= threshold]
         stepped = sum(w.numel for w in small if w.trained)
         gathered = 2 * gas * (survey.total - sum(w.numel for w in small))
         return Traffic(sent * n * gas, b * (gathered + stepped))
-    return Traffic(sent * n * (gas if engine == "zero-2" else 1), b * n)
+    reduced = 4 * n if keeps_all_in_fp32(recipe, engine) else sent * n * (gas if engine == "zero-2" else 1)
+    return Traffic(reduced, b * n)
 
 
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "bfp16": "bfloat16"}

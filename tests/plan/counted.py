@@ -41,7 +41,8 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     found = {}
     for tensor in _plain(tensors):
         storage = tensor.untyped_storage()
-        if storage.nbytes():
+        # Batches are integers, and in models this small they would be seen.
+        if storage.nbytes() and tensor.is_floating_point():
             found[storage.data_ptr()] = storage.nbytes()
     return found
 
@@ -54,7 +55,11 @@ def alive() -> dict[int, int]:
         warnings.simplefilter("ignore")
         for one in gc.get_objects():
             try:
-                if isinstance(one, Tensor) and one.device.type == "cpu" and type(one).__name__ != "FakeTensor":
+                if (
+                    isinstance(one, Tensor)
+                    and one.device.type == "cpu"
+                    and type(one).__name__ != "FakeTensor"
+                ):
                     found.append(one)
                     if one.is_leaf and one.grad is not None:
                         found.append(one.grad)
@@ -71,23 +76,25 @@ def build(recipe: dict[str, Any], rank: int, world: int) -> tuple[Any, Any, Any]
     bundle = tasks.models.load(written.dsso.model, task, written.dsso.task, dtype)
     bundle = tasks.adapters.apply(bundle, written.dsso.peft)
     data = tasks.prepare(task, bundle, written.dsso.task)
-    place = engines.Environment(rank, rank, world, "env" if world > 1 or written.dsso.engine != "single" else "none")
+    place = engines.Environment(
+        rank, rank, world, "env" if world > 1 or written.dsso.engine != "single" else "none"
+    )
     return engines.build(bundle.model, written.resolved(world), place), data, written.resolved(world)
 
 
 def window(engine: EngineBase, data: Any, step: int) -> dict[str, int]:
-    """One optimizer step; bytes of gradients when its last backward pass ends."""
+    """One optimizer step; what was alive when that was most, at the end of a backward pass."""
     size, gas = engine.micro_batch_size, engine.gradient_accumulation_steps
     total = size * gas * engine.world_size
     indices = tasks.data.global_batch(len(data.train), total, 0, step)
     terms = sum(data.terms(i) for i in indices) / (engine.world_size * gas)
-    seen = {}
+    seen: dict[int, int] = {}
     for part in tasks.data.micro_batches(indices, engine.rank, engine.world_size, gas):
         batch = data.collate([data.train[i] for i in part], part)
         loss = data.loss_sum(engine(**batch.inputs), batch) / terms
         engine.backward(loss, terms=terms)
         del loss
-        seen = alive()
+        seen = max(seen, alive(), key=lambda found: sum(found.values()))
         engine.step()
     return seen
 
