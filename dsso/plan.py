@@ -44,6 +44,7 @@ class RankBytes:
         gradients: as the optimizer finds them when it steps.
         gradients_in_pass: most at the end of a micro-batch's backward pass.
         buckets: what the engine has only while a pass runs, at most.
+        lasting: those of them that stay during the step.
         statistics: sums of a window that measures all factors, and their buffers, at most.
         statistics_later: of the largest window once measurements are spread.
         refresh: factorizations that wait to be taken over, when all are made in one step.
@@ -60,6 +61,7 @@ class RankBytes:
     gradients: int
     gradients_in_pass: int
     buckets: int
+    lasting: int
     statistics: int
     statistics_later: int
     refresh: int
@@ -88,6 +90,7 @@ class Wire:
         weights: a rank hands to the engine's gathering, per step.
         exchange: the busiest rank sends to others, per step: gradients to who preconditions them, updates back.
         statistics: a rank hands to the reductions to owners, per measurement of all factors.
+        bases: broadcast, per measurement of all factors: what low-rank forms are measured against.
         factorizations: the busiest rank sends to other appliers, per factorization of all factors.
         per_step: all of it, averaged over the schedule's last intervals.
     """
@@ -96,6 +99,7 @@ class Wire:
     weights: int = 0
     exchange: int = 0
     statistics: int = 0
+    bases: int = 0
     factorizations: int = 0
     per_step: int = 0
 
@@ -163,6 +167,7 @@ class Plan:
         factors: number of Kronecker factors.
         shared: layers that use the input factor of another layer.
         ranks: memory of every rank.
+        sent_in_pass: statistics leave while the backward pass runs, so that few sums are there at one time.
         all_until: first step from which on a step measures a part of the factors; None: never.
         wire: bytes on the wire.
         operations: of the busiest rank.
@@ -183,6 +188,7 @@ class Plan:
     factors: int
     shared: int
     ranks: tuple[RankBytes, ...]
+    sent_in_pass: bool
     all_until: int | None
     wire: Wire
     operations: Operations
@@ -270,7 +276,7 @@ def _plan(
     kind = engine or recipe.dsso.engine
     kind = f"zero-{recipe.zero_stage}" if kind == "deepspeed" else kind
     config, world = recipe.optimizer_config, recipe.world_size
-    method = KfacPlan(seen, config, world, strategy) if isinstance(config, Config) else None
+    method = KfacPlan(seen, config, world, recipe.gas, strategy) if isinstance(config, Config) else None
     if recipe.is_method and method is None:
         raise RecipeError(
             "no plan can be made for this method", where="optimizer.type", got=recipe.optimizer_type
@@ -278,7 +284,7 @@ def _plan(
     shares = [layout(seen, recipe, kind, rank) for rank in range(world)]
     moments = _moments(seen, recipe)
     exchanges = method.exchange([share.held for share in shares]) if method else None
-    nothing = Window(0, 0, 0)
+    nothing = Window()
     ranks = []
     for rank, share in enumerate(shares):
         kept = {moment for name, numel in share.held.items() if numel for moment in moments[name]}
@@ -301,6 +307,7 @@ def _plan(
                 gradients=share.gradients,
                 gradients_in_pass=share.passes,
                 buckets=share.buckets,
+                lasting=share.lasting,
                 statistics=measured,
                 statistics_later=later.sums + later.buffers,
                 refresh=first.refresh,
@@ -323,6 +330,7 @@ def _plan(
         factors=0 if method is None else len(method.placement.factors),
         shared=sum(layer.a_key != f"{layer.name}/a" for layer in seen.layers),
         ranks=tuple(ranks),
+        sent_in_pass=method is not None and method.sent_in_pass,
         all_until=None if method is None else method.all_until,
         wire=wire,
         operations=_operations(seen, recipe, method),
@@ -381,9 +389,9 @@ def _wire(gradients: int, weights: int, method: KfacPlan | None, exchange: int) 
     if method is None:
         return Wire(gradients, weights, per_step=gradients + weights)
     measured, made = _every(method.config)
-    statistics, sent = method.statistics_wire, method.factorizations_wire
-    total = gradients + weights + exchange + measured * statistics + made * sent
-    return Wire(gradients, weights, exchange, statistics, sent, int(total))
+    statistics, bases, sent = method.statistics_wire, method.bases_wire, method.factorizations_wire
+    total = gradients + weights + exchange + measured * (statistics + bases) + made * sent
+    return Wire(gradients, weights, exchange, statistics, bases, sent, int(total))
 
 
 def _operations(seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | None) -> Operations:

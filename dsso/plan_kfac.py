@@ -15,6 +15,9 @@ from dsso.schedule import Interval
 
 _AHEAD = 4
 """Buckets of statistics under way at a time."""
+_NEIGHBOURS = 8
+"""Layers whose sums may wait for each other where sums are sent while the backward pass runs: they leave in the order
+of the model, and within a block a model may run them in another."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,21 @@ class Window:
     """Statistics of one step and what is done with them.
 
     Attributes:
-        sums: bytes of the sums, on every rank.
+        sums: most bytes of sums at one time, on every rank.
         buffers: bytes on their way: buckets, what has arrived, bases of low-rank forms; of one rank.
+        arrived: bytes of the sums of all ranks where they are averaged; of one rank.
         refresh: bytes of new factorizations that wait to be taken over; of one rank.
     """
 
-    sums: int
-    buffers: int
-    refresh: int
+    sums: int = 0
+    buffers: int = 0
+    arrived: int = 0
+    refresh: int = 0
 
     @property
     def peak(self) -> int:
-        """Most of it at one time: factorizations are made when the sums are gone."""
-        return max(self.sums + self.buffers, self.refresh)
+        """Most of it at one time: one comes after the other."""
+        return max(self.sums + self.buffers, self.arrived, self.refresh)
 
 
 class KfacPlan:
@@ -59,15 +64,18 @@ class KfacPlan:
         survey: the model.
         config: parameters of the method.
         world_size: number of ranks.
+        gas: micro-batches a window.
         strategy: in the place of the configuration's.
     """
 
     def __init__(
-        self, survey: Survey, config: Config, world_size: int, strategy: Strategy | None = None
+        self, survey: Survey, config: Config, world_size: int, gas: int, strategy: Strategy | None = None
     ) -> None:
         self.survey = survey
         self.config = config
         self.world_size = world_size
+        # Only a window's last pass can send sums: with several, those of all factors are there when it begins.
+        self.sent_in_pass = config.overlap and config.fisher != "sampled" and world_size > 1 and gas == 1
         measured = config.fisher != "forward_only"
         dims = [
             LayerDims(
@@ -105,8 +113,8 @@ class KfacPlan:
         """
         placement, every = self.placement, self.placement.factors
         owned = {key for key, ranks in placement.factor_owners.items() if rank in ranks}
-        sums = sum(_sum_bytes(every[key]) for key in measured)
-        buffers = 0
+        sums = self._sums(set(measured))
+        buffers = arrived = 0
         if self.world_size > 1 and measured:
             item = 2 if self.config.wire_dtype == "bfloat16" else 4
             arriving = sum(every[key].wire_elements for key in owned & set(measured))
@@ -114,9 +122,25 @@ class KfacPlan:
             capacity = max(1, int(self.config.bucket_mb * 1e6 / item))
             open_ = min((self.world_size + _AHEAD) * capacity, sum(every[k].wire_elements for k in measured))
             buffers = item * (arriving + open_) + 4 * (largest + sum(_basis(every[key]) for key in measured))
+            # The buckets that came, the vectors put together from them, and one as a matrix.
+            arrived = (item + 4) * arriving + max(
+                (_sum_bytes(every[key]) for key in owned & set(measured)), default=0
+            )
         mine = [every[key] for key in owned & set(factorized)]
         refresh = sum(_fresh_bytes(f) for f in mine) + max((_fresh_bytes(f) for f in mine), default=0)
-        return Window(sums, buffers, refresh)
+        return Window(sums, buffers, arrived, refresh)
+
+    def _sums(self, measured: set[str]) -> int:
+        """Most bytes of sums at one time."""
+        every = self.placement.factors
+        if not self.sent_in_pass:
+            return sum(_sum_bytes(every[key]) for key in measured)
+        sizes, seen = [], set()
+        for layer in self.placement.layers:
+            keys = {f.key for f in layer.factors} & measured - seen
+            seen |= keys
+            sizes.append(sum(_sum_bytes(every[key]) for key in keys))
+        return max(sum(sizes[i : i + _NEIGHBOURS]) for i in range(len(sizes)))
 
     def first_window(self, rank: int) -> Window:
         """Step 0, and a step after a lost one: all factors."""
@@ -135,9 +159,14 @@ class KfacPlan:
         start = self.all_until or 1
         measured = self._due(self._measured, self.config.factor_interval, start)
         factorized = self._due(self._factorized, self.config.inverse_interval, start)
-        sums = max((self.window(rank, keys, ()) for keys in measured), key=lambda w: w.sums + w.buffers)
-        refresh = max(self.window(rank, (), keys).refresh for keys in factorized)
-        return Window(sums.sums, sums.buffers, refresh)
+        windows = [self.window(rank, keys, ()) for keys in measured]
+        most = max(windows, key=lambda window: window.sums + window.buffers)
+        return Window(
+            most.sums,
+            most.buffers,
+            max(window.arrived for window in windows),
+            max(self.window(rank, (), keys).refresh for keys in factorized),
+        )
 
     @staticmethod
     def _due(stagger: Stagger, interval: Interval, start: int) -> list[list[str]]:
@@ -156,15 +185,19 @@ class KfacPlan:
 
     @property
     def statistics_wire(self) -> int:
-        """Bytes that a rank hands to the reductions when all factors are measured once, bases included."""
+        """Bytes that a rank hands to the reductions when all factors are measured once."""
         if self.world_size == 1:
             return 0
         item = 2 if self.config.wire_dtype == "bfloat16" else 4
         owners = self.placement.factor_owners
-        return sum(
-            item * f.wire_elements * len(owners[key]) + 4 * _basis(f)
-            for key, f in self.placement.factors.items()
-        )
+        return sum(item * f.wire_elements * len(owners[key]) for key, f in self.placement.factors.items())
+
+    @property
+    def bases_wire(self) -> int:
+        """Bytes of the bases of low-rank forms that are broadcast before all factors are measured once."""
+        if self.world_size == 1:
+            return 0
+        return 4 * sum(_basis(f) for f in self.placement.factors.values())
 
     @property
     def factorizations_wire(self) -> int:

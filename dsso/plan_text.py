@@ -42,8 +42,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         total = sum(rank.factors for rank in plan.ranks)
         rows += [
             ("factors", worst.factors, f"with factorizations; all ranks together {size(total)}"),
-            ("statistics", worst.statistics, f"at most, {_when(plan)}"),
-            ("  later", worst.statistics_later, "at most, measurements spread over their interval"),
+            ("statistics", worst.statistics, f"{_how(plan)}, {_when(plan)}"),
+            ("  later", worst.statistics_later, f"{_how(plan)}, measurements spread over their interval"),
             ("refresh", worst.refresh, "at most, when all factors are factorized in one step"),
             ("  later", worst.refresh_later, "at most, spread over their interval"),
             ("exchange", worst.exchange, "at most, whole gradients and updates of this rank's layers"),
@@ -67,6 +67,10 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from (f"note         {note}" for note in plan.notes)
 
 
+def _how(plan: Plan) -> str:
+    return "sent while the pass runs" if plan.sent_in_pass else "at most"
+
+
 def _when(plan: Plan) -> str:
     if plan.all_until is None:
         return "whenever factors are measured: all in one step"
@@ -83,6 +87,8 @@ def _traffic(plan: Plan) -> Iterator[str]:
     if plan.factors:
         yield f"  {'exchange':<12}{size(wire.exchange):>13}  a step, sent by the busiest rank: gradients and updates"
         yield f"  {'statistics':<12}{size(wire.statistics):>13}  a measurement of all factors, summed at their owners"
+        if wire.bases:
+            yield f"  {'bases':<12}{size(wire.bases):>13}  a measurement of all factors, of low-rank forms"
         yield f"  {'factors':<12}{size(wire.factorizations):>13}  a refresh, factorizations to other appliers"
     yield f"  {'in all':<12}{size(wire.per_step):>13}  a step on average, by the schedule's last intervals"
 

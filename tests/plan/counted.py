@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dsso import engines, tasks
+from dsso.curvature.sums import FactorSum
 from dsso.engines.base import EngineBase
 from dsso.parallel import collectives
 from dsso.recipe import load_recipe
@@ -99,6 +100,34 @@ def window(engine: EngineBase, data: Any, step: int) -> dict[str, int]:
     return seen
 
 
+class Sums:
+    """Follows the memory of all statistics: how much there is, and the most there was."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        allocate, forget = FactorSum._allocate, FactorSum.forget
+
+        def grow(one: FactorSum) -> None:
+            allocate(one)
+            self.now += self._size(one)
+            self.most = max(self.most, self.now)
+
+        def shrink(one: FactorSum) -> None:
+            self.now -= self._size(one)
+            forget(one)
+
+        self._original = allocate, forget
+        FactorSum._allocate, FactorSum.forget = grow, shrink  # type: ignore[method-assign]
+
+    @staticmethod
+    def _size(one: FactorSum) -> int:
+        return sum(part.untyped_storage().nbytes() for part in one.parts)
+
+    def stop(self) -> None:
+        """Put the class back."""
+        FactorSum._allocate, FactorSum.forget = self._original  # type: ignore[method-assign]
+
+
 def count(recipe: dict[str, Any]) -> dict[str, Any]:
     """Run two steps, the second without statistics, and count."""
     rank, world = collectives.rank(), collectives.world_size()
@@ -114,12 +143,14 @@ def count(recipe: dict[str, Any]) -> dict[str, Any]:
         return step(self, closure)
 
     type(optimizer).step = watched
+    sums = Sums()
     try:
         engine.train()
         window(engine, data, 0)
         passed = window(engine, data, 1)
     finally:
         type(optimizer).step = step
+        sums.stop()
     method = optimizer.method
     weights = storages([*engine.module.parameters(), *engine.module.buffers()])
     masters = storages(optimizer._buffers)
@@ -141,6 +172,7 @@ def count(recipe: dict[str, Any]) -> dict[str, Any]:
         "state_bytes": engine.state_bytes(),
         "gradients": rest(entered[-1]),
         "gradients_in_pass": rest(passed),
+        "sums": sums.most,
         "sent": 0 if method is None else method.statistics.sent,
     }
     engine.close()
