@@ -165,6 +165,7 @@ class Plan:
         strategy: of the placement; empty for a baseline.
         parameters, trained: elements.
         factors: number of Kronecker factors.
+        largest_unit: bytes of the layers that cannot be placed apart, at most.
         shared: layers that use the input factor of another layer.
         ranks: memory of every rank.
         sent_in_pass: statistics leave while the backward pass runs, so that few sums are there at one time.
@@ -186,6 +187,7 @@ class Plan:
     parameters: int
     trained: int
     factors: int
+    largest_unit: int
     shared: int
     ranks: tuple[RankBytes, ...]
     sent_in_pass: bool
@@ -328,6 +330,7 @@ def _plan(
         parameters=seen.total,
         trained=sum(weight.numel for weight in seen.trained),
         factors=0 if method is None else len(method.placement.factors),
+        largest_unit=0 if method is None else method.largest_unit,
         shared=sum(layer.a_key != f"{layer.name}/a" for layer in seen.layers),
         ranks=tuple(ranks),
         sent_in_pass=method is not None and method.sent_in_pass,

@@ -103,6 +103,11 @@ class KfacPlan:
         """Bytes of factors and factorizations on a rank."""
         return sum(self._sizes[f.key] for f in self.placement.held_by(rank))
 
+    @property
+    def largest_unit(self) -> int:
+        """Bytes of the largest unit of the placement: by so much a rank may hold more than its even share."""
+        return max(sum(self._sizes[f.key] for f in unit.factors) for unit in self.placement.units)
+
     def window(self, rank: int, measured: Collection[str], factorized: Collection[str]) -> Window:
         """Bytes that a step takes besides.
 

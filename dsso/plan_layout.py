@@ -175,7 +175,8 @@ def _zero_3(survey: Survey, recipe: ResolvedRecipe, rank: int) -> Layout:
     b, a, world = _BYTES[recipe.precision.dtype], _accumulation(recipe), recipe.world_size
     threshold = int(_zero(recipe, "stage3_param_persistence_threshold", _PERSISTENT))
     pieces = {weight.name: -(-weight.numel // world) for weight in survey.weights}
-    persistent = [weight.numel for weight in survey.weights if weight.numel <= threshold]
+    # One rank's pieces are whole already.
+    persistent = [weight.numel for weight in survey.weights if weight.numel <= threshold and world > 1]
     share = sum(pieces[weight.name] for weight in survey.trained)
     held = {w.name: max(0, min(pieces[w.name], w.numel - rank * pieces[w.name])) for w in survey.trained}
     live = min(int(_zero(recipe, "stage3_max_live_parameters", _LIVE)), survey.total - sum(persistent))

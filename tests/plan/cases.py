@@ -53,7 +53,7 @@ def recipe(
         },
         **sections,
     }
-    if engine.startswith("zero-"):
+    if engine.startswith("zero-") and "zero_optimization" not in sections:
         out["zero_optimization"] = {
             "stage": int(engine[-1]),
             "reduce_bucket_size": BUCKET,

@@ -37,19 +37,18 @@ def _plain(tensors: Iterable[Tensor]) -> list[Tensor]:
     return out
 
 
-def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+def storages(tensors: Iterable[Tensor], integers: bool = True) -> dict[int, int]:
     """Bytes of the memory behind tensors, every piece once."""
     found = {}
     for tensor in _plain(tensors):
         storage = tensor.untyped_storage()
-        # Batches are integers, and in models this small they would be seen.
-        if storage.nbytes() and tensor.is_floating_point():
+        if storage.nbytes() and (integers or tensor.is_floating_point()):
             found[storage.data_ptr()] = storage.nbytes()
     return found
 
 
 def alive() -> dict[int, int]:
-    """The memory of every tensor that Python can reach."""
+    """The memory of every tensor that Python can reach, but for batches, which are integers."""
     gc.collect()
     found: list[Tensor] = []
     with warnings.catch_warnings():
@@ -66,7 +65,7 @@ def alive() -> dict[int, int]:
                         found.append(one.grad)
             except (ReferenceError, RuntimeError):
                 continue
-    return storages(found)
+    return storages(found, integers=False)
 
 
 def build(recipe: dict[str, Any], rank: int, world: int) -> tuple[Any, Any, Any]:

@@ -87,11 +87,11 @@ def test_large_models_in_seconds(name: str, peft: bool, tmp_path: Path) -> None:
     assert billions == pytest.approx(ARCHITECTURES[name][1], rel=0.01)
     assert (found.trained == found.parameters) is (not peft)
     assert found.notes == ()
-    # Query, key and value have one input; of LoRA's pair on query and value, one of two is kept once.
-    assert found.shared > 60
-    # Each rank its share of the factors, and the largest unit at most.
+    # Query, key and value have one input; with LoRA on query and value, one of two is kept once.
+    assert found.shared >= 32
+    # Each rank its share of the factors, and one unit at most: the factors of query, key, value, or of a wide layer.
     most, total = max(rank.factors for rank in found.ranks), sum(rank.factors for rank in found.ranks)
-    assert most <= 1.1 * total / 8
+    assert most <= total / 8 + found.largest_unit
 
 
 def test_t5_3b_lora(tmp_path: Path) -> None:
