@@ -140,7 +140,8 @@ class KfacPlan:
         every = self.placement.factors
         if not self.sent_in_pass:
             return sum(_sum_bytes(every[key]) for key in measured)
-        sizes, seen = [], set()
+        sizes: list[int] = []
+        seen: set[str] = set()
         for layer in self.placement.layers:
             keys = {f.key for f in layer.factors} & measured - seen
             seen |= keys

@@ -91,9 +91,10 @@ def build(model: nn.Module, resolved: Any, environment: Environment | None = Non
         for note in resolved.notes:
             sys.stderr.write(f"note: {note}\n")
     bf16 = bool(ds_config.get("bf16", {}).get("enabled"))
-    # Every engine rounds the weights anyway; done before the method looks at the model, layers that read one tensor
-    # are found to do so also where an adapter was made in fp32 and would have read a cast copy of its own.
-    model.to(resolved.precision.torch_dtype)
+    if resolved.precision.dtype != "float32":
+        # Every engine rounds the weights anyway. Before the method looks at the model, because an adapter that was
+        # made in fp32 reads a cast copy, and its layers would not be seen to read one tensor.
+        model.to(resolved.precision.torch_dtype)
     if engine in ("single", "ddp"):
         model.to(device)
     optimizer = make_optimizer(model, resolved.optimizer_type, resolved.optimizer_config, device, clip)

@@ -29,7 +29,7 @@ def _gb(count: float) -> str:
 def main() -> None:
     """Print one line a plan, for 8 ranks of 80 GB."""
     print(
-        "| model | trained | K-FAC | K-FAC a rank | statistics, overlapped / whole | peak | 80 GB | seconds |"
+        "| model | trained | K-FAC | K-FAC a rank | statistics, sent / kept | peak, sent / kept | 80 GB | seconds |"
     )
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,7 @@ def main() -> None:
             statistics = f"{_gb(found.worst.statistics)} / {_gb(whole.worst.statistics)}"
             print(
                 f"| {name} | {'LoRA r=8, q and v' if peft else 'all'} | {kind} | {_gb(most)} | {statistics} |"
-                f" {_gb(found.worst.peak)} | {fits} | {seconds:.0f} |",
+                f" {_gb(found.worst.peak)} / {_gb(whole.worst.peak)} | {fits} | {seconds:.0f} |",
                 flush=True,
             )
 

@@ -105,9 +105,13 @@ def test_t5_3b_lora(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", [1024, 2048, 4096])
 def test_t5_3b_in_full_fits_80_gb(side: int, tmp_path: Path) -> None:
-    found = planned(large(tmp_path, "t5-3b", peft=False, block_side=side), 8, gpu_gb=80)
-    assert found.engine == "zero-2" and found.dtype == "bfloat16"
-    assert found.fits
+    for overlap in (True, False):
+        raw = large(tmp_path, "t5-3b", peft=False, block_side=side, overlap=overlap)
+        found = planned(raw, 8, gpu_gb=80)
+        assert found.engine == "zero-2" and found.dtype == "bfloat16"
+        assert found.trained == found.parameters
+        assert found.sent_in_pass is overlap
+        assert found.fits
 
 
 def test_the_first_change_that_fits_does_fit(tmp_path: Path) -> None:
