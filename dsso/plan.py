@@ -45,7 +45,8 @@ class RankBytes:
         gradients_in_pass: most at the end of a micro-batch's backward pass.
         buckets: what the engine has only while a pass runs, at most.
         lasting: those of them that stay during the step.
-        statistics: sums of a window that measures all factors, and their buffers, at most.
+        sums: of a window that measures all factors, most at one time.
+        statistics: these sums and their buffers.
         statistics_later: of the largest window once measurements are spread.
         refresh: factorizations that wait to be taken over, when all are made in one step.
         refresh_later: once they are spread.
@@ -62,6 +63,7 @@ class RankBytes:
     gradients_in_pass: int
     buckets: int
     lasting: int
+    sums: int
     statistics: int
     statistics_later: int
     refresh: int
@@ -310,6 +312,7 @@ def _plan(
                 gradients_in_pass=share.passes,
                 buckets=share.buckets,
                 lasting=share.lasting,
+                sums=first.sums,
                 statistics=measured,
                 statistics_later=later.sums + later.buffers,
                 refresh=first.refresh,

@@ -15,7 +15,7 @@ from dsso.schedule import Interval
 
 _AHEAD = 4
 """Buckets of statistics under way at a time."""
-_NEIGHBOURS = 8
+_NEIGHBOURS = 3
 """Layers whose sums may wait for each other where sums are sent while the backward pass runs: they leave in the order
 of the model, and within a block a model may run them in another."""
 

@@ -156,7 +156,7 @@ def survey(model: nn.Module, config: Any, example: Mapping[str, Any] | None = No
         rest,
         sum(b.numel() * b.element_size() for b in model.buffers()),
         bool(getattr(settings, "is_encoder_decoder", False)),
-        bool(getattr(model, "is_gradient_checkpointing", False)),
+        any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         notes,
     )
 
