@@ -26,7 +26,11 @@ class Arguments:
     overwrite: bool
     """Remove the run that `output_dir` holds."""
     check: bool
-    """Validate and print, start nothing."""
+    """Validate, plan and print, start nothing."""
+    world_size: int | None
+    """Number of ranks to plan for; None: those that were started."""
+    gpu_memory: float | None
+    """Gigabytes (1e9 bytes) of a device to plan for."""
     debug: bool
     """Log every step, look for the operation that makes a NaN, show tracebacks of all errors."""
 
@@ -72,7 +76,21 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     parser.add_argument(
         "--overwrite", action="store_true", help="remove the run that the output directory holds"
     )
-    parser.add_argument("--check", action="store_true", help="validate, print what would run, start nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="validate, plan memory and traffic, print it, start nothing"
+    )
+    parser.add_argument(
+        "--world_size",
+        type=int,
+        metavar="W",
+        help="with --check: plan for so many ranks (default: those started)",
+    )
+    parser.add_argument(
+        "--gpu_memory",
+        type=float,
+        metavar="GB",
+        help="with --check: say what fits into a device of so many GB",
+    )
     parser.add_argument("--debug", action="store_true", help="log every step, find NaNs, show tracebacks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     found = parser.parse_args(argv)
@@ -82,6 +100,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
             where="command line",
             remedy="give one of the two",
         )
+    _check_plan(found)
     return Arguments(
         ds_config=found.ds_config,
         output_dir=found.output_dir,
@@ -89,5 +108,24 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         resume=found.resume,
         overwrite=found.overwrite,
         check=found.check,
+        world_size=found.world_size,
+        gpu_memory=found.gpu_memory,
         debug=found.debug,
     )
+
+
+def _check_plan(found: argparse.Namespace) -> None:
+    """The options of a plan belong to `--check`, and are positive."""
+    for name in ("world_size", "gpu_memory"):
+        value = getattr(found, name)
+        if value is not None and not found.check:
+            raise RecipeError(
+                f"--{name} is for planning",
+                where="command line",
+                got=value,
+                remedy="add --check, or remove it",
+            )
+        if value is not None and not 0 < value < float("inf"):
+            raise RecipeError(
+                f"--{name} must be above 0", where="command line", got=value, allowed="a number above 0"
+            )

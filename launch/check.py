@@ -1,52 +1,122 @@
-"""`--check`: what would run, without starting it."""
+"""`--check`: what would run and what it needs, planned without weights; nothing is started."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsso.diagnostics import jsonable, method_table
-from launch.prepare import Job
+from dsso.plan import Plan, plan, resolve
+from dsso.plan_text import text
+from dsso.recipe import ResolvedRecipe, load_recipe
+from dsso.recipe_checks import batch_sizes
+from launch import resume as resuming
+from launch.arguments import Arguments
+from launch.prepare import max_steps, output_directory, seed_everything
+
+if TYPE_CHECKING:
+    from dsso.engines import Environment
+    from dsso.tasks import PreparedTask
+    from dsso.tasks.base import Task
 
 
-def report(job: Job) -> str:
-    """The resolved recipe, the table parameter -> method -> owner, and sizes, as text."""
-    return "\n".join(_lines(job))
+@dataclass(frozen=True)
+class Checked:
+    """A recipe that can be run.
+
+    Attributes:
+        recipe: resolved.
+        plan: what it needs.
+        task: what is learnt; without examples where the data is not here.
+        data: tokenized; None where the data or the tokenizer is not here.
+        steps: of the run; None where it depends on data that is not here.
+        output_dir: where it would write.
+        resume: how it would start.
+    """
+
+    recipe: ResolvedRecipe
+    plan: Plan
+    task: Task
+    data: PreparedTask | None
+    steps: int | None
+    output_dir: Path
+    resume: resuming.Resume
 
 
-def _lines(job: Job) -> Iterator[str]:
-    recipe = job.recipe
+def check(arguments: Arguments, environment: Environment) -> Checked:
+    """Validate all that can be validated without weights, and plan.
+
+    The data is read where it is there. Where it is not, the plan is made all the same: it needs the task's labels only.
+
+    Args:
+        arguments: the command line.
+        environment: this process among the launched ones.
+
+    Raises:
+        RecipeError: whatever cannot be used.
+    """
+    from dsso import tasks
+
+    written = load_recipe(arguments.ds_config, arguments.overrides)
+    config = written.dsso
+    world = arguments.world_size or environment.world_size
+    # Without a launcher a run has one device, whatever the recipe says; a number of ranks stands for a launcher.
+    alone = environment.launcher == "none" and arguments.world_size is None
+    _, _, global_batch = batch_sizes(written.raw, world)
+    resolve(written, world)
+    output_dir = output_directory(arguments, written)
+    resume = resuming.plan(output_dir, arguments.resume, arguments.overwrite)
+
+    seed_everything(config.train.seed)
+    dtype = written.precision.torch_dtype
+    try:
+        task = tasks.load_task(config.task, config.train.seed)
+    except tasks.DataMissing as error:
+        task = tasks.without_data(config.task, config.train.seed, f"not here: {str(error).splitlines()[0]}")
+    bundle = tasks.models.on_meta(config.model, config.peft, task, config.task, dtype)
+    data = tasks.prepare(task, bundle, config.task) if task.train and bundle.tokenizer is not None else None
+    steps = config.train.max_steps
+    if steps is None and task.train:
+        steps = max_steps(None, config.train.epochs, len(task.train), global_batch)
+    recipe = resolve(written, world) if steps is None else written.resolved(world, steps)
+    resume = resuming.compare(resume, jsonable(recipe.to_json()))
+    found = plan(bundle.model, written, world, arguments.gpu_memory, "single" if alone else None)
+    return Checked(recipe, found, task, data, steps, output_dir, resume)
+
+
+def report(checked: Checked) -> str:
+    """The resolved recipe, the table parameter -> method -> owner, and the plan, as text."""
+    return "\n".join(_lines(checked))
+
+
+def _lines(checked: Checked) -> Iterator[str]:
+    recipe, found = checked.recipe, checked.plan
     yield "recipe, resolved:"
     yield json.dumps(jsonable(recipe.to_json()), indent=2)
     yield ""
-    yield method_table(job.table)
+    yield method_table(found.rows)
     yield ""
-    model = job.bundle.model
-    parameters = list(model.parameters())
-    total = sum(one.numel() for one in parameters)
-    trained = sum(one.numel() for one in parameters if one.requires_grad)
-    weights = sum(one.numel() * one.element_size() for one in parameters)
-    yield f"output       {job.output_dir}"
-    if job.resume.candidates:
-        yield f"resume from  {job.resume.candidates[0].path}"
-    yield from (f"skipped      {one.path}: {one.reason}" for one in job.resume.skipped)
-    yield from (f"note         {note}" for note in job.resume.notes)
-    yield from (f"note         {note}" for note in recipe.notes)
-    zero = f", ZeRO stage {recipe.zero_stage}" if recipe.dsso.engine == "deepspeed" else ""
-    yield f"engine       {recipe.dsso.engine}{zero}, {recipe.precision.dtype}, {job.world_size} rank(s)"
+    yield f"output       {checked.output_dir}"
+    if checked.resume.candidates:
+        yield f"resume from  {checked.resume.candidates[0].path}"
+    yield from (f"skipped      {one.path}: {one.reason}" for one in checked.resume.skipped)
+    yield from (f"note         {note}" for note in (*checked.resume.notes, *recipe.notes))
     yield (
         f"batch        {recipe.global_batch} = {recipe.micro_batch} a rank x {recipe.gas} accumulated"
-        f" x {job.world_size} rank(s)"
+        f" x {recipe.world_size} rank(s)"
     )
-    sizes = ", ".join(f"{len(getattr(job.data, split))} {split}" for split in ("train", "validation", "test"))
-    yield f"data         {sizes} ({job.task.source})"
-    yield f"steps        {job.max_steps}"
-    yield f"parameters   {total:,}, trained {trained:,} ({100 * trained / total:.2f} %)"
-    yield f"weights      {_megabytes(weights)}"
-    if recipe.is_method:
-        yield f"method       {_megabytes(job.method_bytes)} of state on rank {job.rank}"
-    yield "nothing was started (--check)"
+    yield f"data         {_data(checked)}"
+    yield f"steps        {'not known: they follow from the data' if checked.steps is None else checked.steps}"
+    yield text(found)
+    yield "nothing was started (--check); no weights were read"
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+def _data(checked: Checked) -> str:
+    if not checked.task.train:
+        return checked.task.source
+    sizes = ", ".join(f"{len(checked.task.split(one))} {one}" for one in ("train", "validation", "test"))
+    tokens = "" if checked.data is not None else "; no tokenizer is here, so no example was encoded"
+    return f"{sizes} ({checked.task.source}){tokens}"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -41,10 +40,6 @@ class Job:
     output_dir: Path
     resume: Resume
     max_steps: int
-    table: list[dict[str, Any]]
-    """Rows `parameter, shape, method, owner, reason`."""
-    method_bytes: int
-    """Bytes of the method's own state on this rank."""
 
     @property
     def seed(self) -> int:
@@ -70,7 +65,7 @@ def prepare(arguments: Arguments, rank: int, world_size: int) -> Job:
     _, _, global_batch = batch_sizes(written.raw, world_size)
     if config.train.max_steps is not None:
         written.resolved(world_size)  # what is wrong is told before data and model are read
-    output_dir = _output_dir(arguments, written)
+    output_dir = output_directory(arguments, written)
     resume = plan(output_dir, arguments.resume, arguments.overwrite)
 
     seed_everything(config.train.seed)
@@ -79,10 +74,10 @@ def prepare(arguments: Arguments, rank: int, world_size: int) -> Job:
     bundle = tasks.models.load(config.model, task, config.task, dtype)
     bundle = tasks.adapters.apply(bundle, config.peft)
     data = tasks.prepare(task, bundle, config.task)
-    max_steps = _max_steps(config.train.max_steps, config.train.epochs, len(data.train), global_batch)
-    recipe = written.resolved(world_size, max_steps)
+    steps = max_steps(config.train.max_steps, config.train.epochs, len(data.train), global_batch)
+    recipe = written.resolved(world_size, steps)
     resume = compare(resume, jsonable(recipe.to_json()))
-    table, method_bytes = _method_table(recipe, bundle.model, rank, world_size)
+    _refuse(recipe, bundle.model, rank, world_size)
     return Job(
         arguments,
         recipe,
@@ -93,9 +88,7 @@ def prepare(arguments: Arguments, rank: int, world_size: int) -> Job:
         data,
         output_dir,
         resume,
-        max_steps,
-        table,
-        method_bytes,
+        steps,
     )
 
 
@@ -113,7 +106,8 @@ def seed_everything(seed: int, rank: int = 0, step: int = 0) -> None:
     torch.manual_seed(mixed)
 
 
-def _output_dir(arguments: Arguments, recipe: Recipe) -> Path:
+def output_directory(arguments: Arguments, recipe: Recipe) -> Path:
+    """Where a run writes: the command line's, the recipe's, or one by the recipe's name."""
     if arguments.output_dir is not None:
         return arguments.output_dir
     if recipe.dsso.output_dir is not None:
@@ -121,46 +115,23 @@ def _output_dir(arguments: Arguments, recipe: Recipe) -> Path:
     return Path("runs") / arguments.ds_config.stem
 
 
-def _max_steps(max_steps: int | None, epochs: float | None, examples: int, global_batch: int) -> int:
-    if max_steps is not None:
-        return max_steps
+def max_steps(steps: int | None, epochs: float | None, examples: int, global_batch: int) -> int:
+    """Length of a run in optimizer steps; `steps` itself where it is given.
+
+    Raises:
+        RecipeError: neither steps nor epochs are given.
+    """
+    if steps is not None:
+        return steps
     if epochs is None:
         raise RecipeError("exactly one of max_steps and epochs must be given", where="dsso.train")
     return max(1, math.ceil(epochs * examples / global_batch))
 
 
-def _method_table(
-    recipe: ResolvedRecipe, model: nn.Module, rank: int, world_size: int
-) -> tuple[list[dict[str, Any]], int]:
-    """Who takes which parameter, without allocating; refuses a model without work for the method."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    if not shapes:
+def _refuse(recipe: ResolvedRecipe, model: nn.Module, rank: int, world_size: int) -> None:
+    """Refuse a model without work for the method, without allocating."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError("no parameter of the model is trainable", where="dsso.peft")
-    kind = recipe.optimizer_type
-    rows: list[dict[str, Any]]
-    if not recipe.is_method:
-        rows = [
-            {"parameter": name, "shape": shape, "method": kind, "owner": None, "reason": ""}
-            for name, shape in shapes.items()
-        ]
-        return rows, 0
-    method = optim.resolve(kind).Method(
-        recipe.optimizer_config, model, torch.device("meta"), rank, world_size
-    )
-    try:
-        owners: Mapping[str, int] = method.owners
-        base = getattr(recipe.optimizer_config, "base", None)
-        other = getattr(base, "type", "base")
-        rows = [
-            {
-                "parameter": name,
-                "shape": shape,
-                "method": kind if name in owners else other,
-                "owner": owners.get(name),
-                "reason": method.rest.get(name, ""),
-            }
-            for name, shape in shapes.items()
-        ]
-        return rows, method.state_bytes()
-    finally:
-        method.close()
+    if recipe.is_method:
+        resolved = optim.resolve(recipe.optimizer_type)
+        resolved.Method(recipe.optimizer_config, model, torch.device("meta"), rank, world_size).close()

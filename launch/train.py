@@ -45,15 +45,15 @@ def main() -> int:
 
         environment = engines.launch_environment()
         rank, world_size = environment.rank, environment.world_size
+        if arguments.check:
+            from launch.check import check, report
+
+            if rank == 0:
+                print(report(check(arguments, environment)))
+            return 0
         from launch.prepare import prepare
 
         job = prepare(arguments, rank, world_size)
-        if arguments.check:
-            from launch.check import report
-
-            if rank == 0:
-                print(report(job))
-            return 0
         from launch.run import run
 
         return run(job, environment)

@@ -107,9 +107,11 @@ def build(
         for note in resolved.notes:
             sys.stderr.write(f"note: {note}\n")
     bf16 = bool(ds_config.get("bf16", {}).get("enabled"))
+    if resolved.precision.dtype != "float32":
+        # Every engine rounds the weights anyway. Before the method looks at the model, because an adapter that was
+        # made in fp32 reads a cast copy, and its layers would not be seen to read one tensor.
+        model.to(resolved.precision.torch_dtype)
     if engine in ("single", "ddp"):
-        if bf16:
-            model.to(torch.bfloat16)
         model.to(device)
     optimizer = make_optimizer(
         model, resolved.optimizer_type, resolved.optimizer_config, device, clip, example

@@ -10,7 +10,19 @@ The order of use is `load_task`, `models.load`, `adapters.apply`, `prepare`::
 
 from dsso.tasks import adapters, data, models
 from dsso.tasks.data import Batch
-from dsso.tasks.loading import available, load_task
+from dsso.tasks.loading import available, load_task, without_data
 from dsso.tasks.prepared import PreparedTask, prepare
+from dsso.tasks.source import DataMissing
 
-__all__ = ["Batch", "PreparedTask", "adapters", "available", "data", "load_task", "models", "prepare"]
+__all__ = [
+    "Batch",
+    "DataMissing",
+    "PreparedTask",
+    "adapters",
+    "available",
+    "data",
+    "load_task",
+    "models",
+    "prepare",
+    "without_data",
+]

@@ -47,11 +47,7 @@ def load_task(config: TaskConfig, seed: int) -> Task:
     Raises:
         RecipeError: the task, a split, a column or a label does not exist, or a file is damaged.
     """
-    spec = SPECS.get(config.name)
-    if spec is None:
-        raise RecipeError(
-            "there is no such task", where="dsso.task.name", got=config.name, allowed=available()
-        )
+    spec = _spec(config)
     if spec is builtin.SPEC:
         source_name, public = "generated", _generated(config, seed)
     else:
@@ -66,6 +62,29 @@ def load_task(config: TaskConfig, seed: int) -> Task:
         seed=seed,
         source=source_name,
     )
+
+
+def without_data(config: TaskConfig, seed: int, reason: str) -> Task:
+    """A task that knows its labels and has no examples: enough to build a model for it.
+
+    Args:
+        config: the recipe's `dsso.task`.
+        seed: of the recipe.
+        reason: why there are none, told in the place of their source.
+
+    Raises:
+        RecipeError: the task does not exist.
+    """
+    return Task(_spec(config), (), (), (), seed, reason)
+
+
+def _spec(config: TaskConfig) -> TaskSpec:
+    spec = SPECS.get(config.name)
+    if spec is None:
+        raise RecipeError(
+            "there is no such task", where="dsso.task.name", got=config.name, allowed=available()
+        )
+    return spec
 
 
 def split(

@@ -65,7 +65,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def load(
-    model_config: ModelConfig, task: Task, task_config: TaskConfig, dtype: torch.dtype | None = None
+    model_config: ModelConfig,
+    task: Task,
+    task_config: TaskConfig,
+    dtype: torch.dtype | None = None,
+    need_tokenizer: bool = True,
 ) -> ModelBundle:
     """Load a model with the head that the task needs.
 
@@ -74,13 +78,14 @@ def load(
         task: decides the number of labels.
         task_config: decides between a classification head and prompts.
         dtype: type of the weights when `model_config.dtype` is `auto`; None is float32.
+        need_tokenizer: without a tokenizer it is an error; else the bundle has None.
 
     Raises:
         RecipeError: the model cannot be found, its architecture is of no known family, or the head does not
             suit the task or the checkpoint.
     """
     place, mean_pooled = _place(model_config)
-    tokenizer, config = _tokenizer_and_config(model_config, place)
+    tokenizer, config = _tokenizer_and_config(model_config, place, need_tokenizer)
     family = family_of(config, model_config.name)
     head = choose_head(family, task, task_config)
     _override_dropout(config, model_config.dropout)
@@ -89,12 +94,45 @@ def load(
         config.num_labels = task.num_labels
         config.problem_type = "regression" if head == "regression" else "single_label_classification"
         if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = tokenizer.pad_token_id
+            config.pad_token_id = 0 if tokenizer is None else tokenizer.pad_token_id
     chosen = _DTYPES[model_config.dtype] if model_config.dtype != "auto" else (dtype or torch.float32)
     with seeded(task.seed):
         model = _build(model_config, place, config, family, head, mean_pooled, chosen)
     _checkpointing(model, model_config)
     return ModelBundle(model, tokenizer, family, head, model_config.name, task.seed)
+
+
+def on_meta(
+    model_config: ModelConfig,
+    peft_config: PeftConfig,
+    task: Task,
+    task_config: TaskConfig,
+    dtype: torch.dtype | None = None,
+) -> ModelBundle:
+    """The model of a recipe with its adapters on the meta device: shapes without weights.
+
+    Of a hub model or a directory only the configuration is read. The tokenizer is None where there is none.
+
+    Args:
+        model_config: the recipe's `dsso.model`.
+        peft_config: the recipe's `dsso.peft`.
+        task: decides the number of labels; it needs no examples.
+        task_config: decides between a classification head and prompts.
+        dtype: type of all weights, those of adapters included, when `model_config.dtype` is `auto`.
+
+    Raises:
+        RecipeError: as `load` and `adapters.apply` do, except for what only the weights tell.
+    """
+    from dsso.tasks import adapters
+
+    architecture = model_config.model_copy(update={"init": "random"})
+    with torch.device("meta"):
+        bundle = load(architecture, task, task_config, dtype, need_tokenizer=False)
+        bundle = adapters.apply(bundle, peft_config)
+    chosen = _DTYPES[model_config.dtype] if model_config.dtype != "auto" else (dtype or torch.float32)
+    # Whatever a library has made elsewhere, and adapters that it makes in fp32.
+    bundle.model.to(device="meta", dtype=chosen)
+    return bundle
 
 
 def family_of(config: Any, name: str) -> Family:
@@ -174,7 +212,7 @@ def _place(model_config: ModelConfig) -> tuple[str, bool]:
     return name, is_mean_pooled(name)
 
 
-def _tokenizer_and_config(model_config: ModelConfig, place: str) -> tuple[Any, Any]:
+def _tokenizer_and_config(model_config: ModelConfig, place: str, needed: bool) -> tuple[Any, Any]:
     if model_config.name in tiny.NAMES:
         tokenizer = tiny.tokenizer()
         return tokenizer, tiny.config(model_config.name, len(tokenizer))
@@ -185,8 +223,15 @@ def _tokenizer_and_config(model_config: ModelConfig, place: str) -> tuple[Any, A
         options["revision"] = model_config.revision
     try:
         config = AutoConfig.from_pretrained(place, **options)
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError) as error:
+        raise _not_found(model_config.name, error) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    except Exception as error:  # a directory with nothing but a configuration fails in many ways
+        if not needed:
+            return None, config
+        if not isinstance(error, OSError | ValueError | KeyError):
+            raise
         raise _not_found(model_config.name, error) from error
     if tokenizer.pad_token_id is None:
         # never attended to, so any token does

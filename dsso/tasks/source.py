@@ -90,6 +90,10 @@ def _parse_line(line: str, path: Path, number: int) -> Row:
     return row
 
 
+class DataMissing(RecipeError):
+    """The data of a task is not where it was looked for: a plan can do without it, a run cannot."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A place that holds the splits of a task."""
@@ -139,13 +143,13 @@ def open_source(spec: TaskSpec, data_dir: str | None) -> Source:
 def _directory(spec: TaskSpec, root: Path, where: str) -> Source:
     if not root.is_dir():
         remedy = "give the directory that holds the jsonl files"
-        raise RecipeError("the data directory does not exist", where=where, got=str(root), remedy=remedy)
+        raise DataMissing("the data directory does not exist", where=where, got=str(root), remedy=remedy)
     nested = root / spec.name
     folder = nested if nested.is_dir() else root
     available = tuple(sorted(path.stem for path in folder.glob("*.jsonl")))
     if not available:
         held = sorted(path.name for path in root.iterdir() if path.is_dir())
-        raise RecipeError(
+        raise DataMissing(
             f"the data directory holds nothing for the task {spec.name!r}",
             where=where,
             got=str(root),
@@ -181,7 +185,7 @@ def _load_from_hub(spec: TaskSpec, split: str) -> Sequence[Row]:
                 spec.hub, spec.config, split=split, revision="refs/convert/parquet"
             )
     except Exception as error:
-        raise RecipeError(
+        raise DataMissing(
             f"the split {split!r} could not be loaded from the hub ({type(error).__name__}: {error})",
             where=f"task {spec.name}, {spec.hub}",
             remedy=f"check the network, or set dsso.task.data_dir (or ${ENVIRONMENT}) to a directory with "

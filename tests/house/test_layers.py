@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "diagnostics",
         "results",
         "plots",
+        "plan",
         "tasks",
     ),
     ("launch",),
@@ -67,7 +68,7 @@ def layer_of(module: str) -> int | None:
 
 def _rank(name: str) -> int | None:
     # recipe_checks and the like are parts of recipe
-    return _RANK.get(name, _RANK["recipe"] if name.startswith("recipe_") else None)
+    return _RANK.get(name, _RANK["recipe"] if name.startswith(("recipe_", "plan_")) else None)
 
 
 def violations(source: str, path: str) -> list[str]:

@@ -1,0 +1,334 @@
+"""What K-FAC keeps, sends and computes, from the sides of its factors: nothing is measured and nothing allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from dsso.optim._kfac_layout import factor_dims
+from dsso.optim._refresh import Stagger
+from dsso.optim.kfac import Config
+from dsso.parallel.placement import FactorDims, LayerDims, Placement, Strategy, assign
+from dsso.plan_model import Survey
+from dsso.schedule import Interval
+
+_AHEAD = 4
+"""Buckets of statistics under way at a time."""
+_NEIGHBOURS = 3
+"""Layers whose sums may wait for each other where sums are sent while the backward pass runs: they leave in the order
+of the model, and within a block a model may run them in another."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Whole gradients of one rank's layers, brought to it and back.
+
+    Attributes:
+        sent: bytes to other ranks in a step, gradients and updates.
+        peak: most bytes of its buffers at one time.
+        owned: those of them that stay from the first exchange to the end of the step.
+    """
+
+    sent: int
+    peak: int
+    owned: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Statistics of one step and what is done with them.
+
+    Attributes:
+        sums: most bytes of sums at one time, on every rank.
+        buffers: bytes on their way: buckets, what has arrived, bases of low-rank forms; of one rank.
+        arrived: bytes of the sums of all ranks where they are averaged; of one rank.
+        refresh: bytes of new factorizations that wait to be taken over; of one rank.
+    """
+
+    sums: int = 0
+    buffers: int = 0
+    arrived: int = 0
+    refresh: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Most of it at one time: one comes after the other."""
+        return max(self.sums + self.buffers, self.arrived, self.refresh)
+
+
+class KfacPlan:
+    """K-FAC on one model and one number of ranks.
+
+    Args:
+        survey: the model.
+        config: parameters of the method.
+        world_size: number of ranks.
+        gas: micro-batches a window.
+        strategy: in the place of the configuration's.
+    """
+
+    def __init__(
+        self, survey: Survey, config: Config, world_size: int, gas: int, strategy: Strategy | None = None
+    ) -> None:
+        self.survey = survey
+        self.config = config
+        self.world_size = world_size
+        # Only a window's last pass can send sums: with several, those of all factors are there when it begins.
+        self.sent_in_pass = config.overlap and config.fisher != "sampled" and world_size > 1 and gas == 1
+        measured = config.fisher != "forward_only"
+        dims = [
+            LayerDims(
+                layer.name,
+                factor_dims(config, layer.a_key, layer.side_a),
+                factor_dims(config, f"{layer.name}/g", layer.side_g) if measured else None,
+            )
+            for layer in survey.layers
+        ]
+        self.placement: Placement = assign(
+            dims, world_size, strategy or config.strategy, config.grad_worker_fraction
+        )
+        every = self.placement.factors
+        self._measured = Stagger({k: f.measure_cost(1024) for k, f in every.items()}, config.stagger)
+        self._factorized = Stagger({k: f.refresh_cost for k, f in every.items()}, config.stagger)
+
+    # -- memory -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        narrow = self.config.storage == "bfloat16"
+        return {key: factor_bytes(f, 2 if narrow else 4) for key, f in self.placement.factors.items()}
+
+    def state_bytes(self, rank: int) -> int:
+        """Bytes of factors and factorizations on a rank."""
+        return sum(self._sizes[f.key] for f in self.placement.held_by(rank))
+
+    @property
+    def largest_unit(self) -> int:
+        """Bytes of the largest unit of the placement: by so much a rank may hold more than its even share."""
+        return max(sum(self._sizes[f.key] for f in unit.factors) for unit in self.placement.units)
+
+    def window(self, rank: int, measured: Collection[str], factorized: Collection[str]) -> Window:
+        """Bytes that a step takes besides.
+
+        Args:
+            rank: which.
+            measured: factors whose statistics are taken.
+            factorized: factors that are factorized.
+        """
+        placement, every = self.placement, self.placement.factors
+        owned = {key for key, ranks in placement.factor_owners.items() if rank in ranks}
+        sums = self._sums(set(measured))
+        buffers = arrived = 0
+        if self.world_size > 1 and measured:
+            item = 2 if self.config.wire_dtype == "bfloat16" else 4
+            arriving = sum(every[key].wire_elements for key in owned & set(measured))
+            largest = max(every[key].wire_elements for key in measured)
+            capacity = max(1, int(self.config.bucket_mb * 1e6 / item))
+            open_ = min((self.world_size + _AHEAD) * capacity, sum(every[k].wire_elements for k in measured))
+            buffers = item * (arriving + open_) + 4 * (largest + sum(_basis(every[key]) for key in measured))
+            # The buckets that came, the vectors put together from them, and one as a matrix.
+            arrived = (item + 4) * arriving + max(
+                (_sum_bytes(every[key]) for key in owned & set(measured)), default=0
+            )
+        mine = [every[key] for key in owned & set(factorized)]
+        refresh = sum(_fresh_bytes(f) for f in mine) + max((_fresh_bytes(f) for f in mine), default=0)
+        return Window(sums, buffers, arrived, refresh)
+
+    def _sums(self, measured: set[str]) -> int:
+        """Most bytes of sums at one time."""
+        every = self.placement.factors
+        if not self.sent_in_pass:
+            return sum(_sum_bytes(every[key]) for key in measured)
+        sizes: list[int] = []
+        seen: set[str] = set()
+        for layer in self.placement.layers:
+            keys = {f.key for f in layer.factors} & measured - seen
+            seen |= keys
+            sizes.append(sum(_sum_bytes(every[key]) for key in keys))
+        return max(sum(sizes[i : i + _NEIGHBOURS]) for i in range(len(sizes)))
+
+    def first_window(self, rank: int) -> Window:
+        """Step 0, and a step after a lost one: all factors."""
+        return self.window(rank, self.placement.factors, self.placement.factors)
+
+    @property
+    def all_until(self) -> int | None:
+        """First step from which on a step measures only a part of the factors; None: every measurement is whole."""
+        for start, every in self.config.factor_interval.segments:
+            if every is None or (every > 1 and self.config.stagger):
+                return max(start, 1)
+        return None
+
+    def later_window(self, rank: int) -> Window:
+        """The largest of each kind among the steps from `all_until` on (from step 1 on where that is None)."""
+        start = self.all_until or 1
+        measured = self._due(self._measured, self.config.factor_interval, start)
+        factorized = self._due(self._factorized, self.config.inverse_interval, start)
+        windows = [self.window(rank, keys, ()) for keys in measured]
+        most = max(windows, key=lambda window: window.sums + window.buffers)
+        return Window(
+            most.sums,
+            most.buffers,
+            max(window.arrived for window in windows),
+            max(self.window(rank, (), keys).refresh for keys in factorized),
+        )
+
+    @staticmethod
+    def _due(stagger: Stagger, interval: Interval, start: int) -> list[list[str]]:
+        """What is due on every kind of step from `start` on."""
+        found: list[list[str]] = [[]]
+        for index, (begin, every) in enumerate(interval.segments):
+            ends = interval.segments[index + 1][0] if index + 1 < len(interval.segments) else None
+            if every is None or (ends is not None and ends <= start):
+                continue
+            first = max(begin, start)
+            last = first + every if ends is None else min(ends, first + every)
+            found += [stagger.due(interval, step) for step in range(first, last)]
+        return found
+
+    # -- wire ---------------------------------------------------------------------------------------------------
+
+    @property
+    def statistics_wire(self) -> int:
+        """Bytes that a rank hands to the reductions when all factors are measured once."""
+        if self.world_size == 1:
+            return 0
+        item = 2 if self.config.wire_dtype == "bfloat16" else 4
+        owners = self.placement.factor_owners
+        return sum(item * f.wire_elements * len(owners[key]) for key, f in self.placement.factors.items())
+
+    @property
+    def bases_wire(self) -> int:
+        """Bytes of the bases of low-rank forms that are broadcast before all factors are measured once."""
+        if self.world_size == 1:
+            return 0
+        return 4 * sum(_basis(f) for f in self.placement.factors.values())
+
+    @property
+    def factorizations_wire(self) -> int:
+        """Bytes that the busiest rank sends to other appliers when all factors are factorized once."""
+        sent = [0] * self.world_size
+        for key, users in self.placement.sources.items():
+            size = 4 * _made_elements(self.placement.factors[key])
+            for user, source in users.items():
+                sent[source] += size * (user != source)
+        return max(sent)
+
+    def exchange(self, held: Sequence[Mapping[str, int]]) -> list[Exchange]:
+        """Gradients to the appliers and updates back, for every rank.
+
+        Args:
+            held: of every rank, elements of each trained parameter in its optimizer's buffers.
+        """
+        world = self.world_size
+        workers = {
+            n: self.placement.appliers[layer.name] for layer in self.survey.layers for n in layer.parameters
+        }
+        sizes = {w.name: w.numel for w in self.survey.trained}
+        sent, packed, owned, counted = ([0] * world for _ in range(4))
+        answered, mine = [0] * world, [0] * world
+        for name, ranks in workers.items():
+            counted[ranks[0]] += sizes[name]
+            for worker in ranks:
+                owned[worker] += sizes[name]
+                if held[worker].get(name) == sizes[name]:
+                    packed[worker] += sizes[name]
+                    continue
+                for holder in range(world):
+                    packed[holder] += held[holder].get(name, 0)
+                    sent[holder] += held[holder].get(name, 0) * (holder != worker)
+            for holder in range(world):
+                piece = held[holder].get(name, 0)
+                worker = holder if holder in ranks else ranks[holder % len(ranks)]
+                answered[worker] += piece
+                sent[worker] += piece * (holder != worker)
+                mine[holder] += piece
+        out = []
+        for r in range(world):
+            received = 0 if world == 1 else 1
+            gather = packed[r] + (1 + received) * owned[r]
+            norms = 2 * owned[r] + 2 * counted[r]
+            scatter = 2 * owned[r] + answered[r] + received * mine[r]
+            out.append(Exchange(4 * sent[r], 4 * max(gather, norms, scatter), 4 * owned[r]))
+        return out
+
+    # -- operations ---------------------------------------------------------------------------------------------
+
+    def measure_flops(self, rows: Mapping[str, int]) -> float:
+        """Operations of a rank when all factors are measured once.
+
+        Args:
+            rows: tokens of a rank and window that a layer of each side reads.
+        """
+        every, done, total = self.placement.factors, set(), 0.0
+        for layer, dims in zip(self.survey.layers, self.placement.layers, strict=True):
+            for factor in dims.factors:
+                if factor.key not in done:
+                    done.add(factor.key)
+                    total += 2 * every[factor.key].measure_cost(rows[layer.side])
+        return total
+
+    @property
+    def refresh_flops(self) -> list[float]:
+        """Operations of each rank when all factors are factorized once."""
+        return [2 * cost for cost in self.placement.costs]
+
+    @property
+    def apply_flops(self) -> float:
+        """Operations of the busiest rank to precondition the gradients of one step."""
+        work = [0.0] * self.world_size
+        for layer in self.placement.layers:
+            g_side = layer.a.side if layer.g is None else layer.g.side
+            outputs = (
+                next(one.side_g for one in self.survey.layers if one.name == layer.name)
+                if layer.g is None
+                else g_side
+            )
+            cost = _solve_flops(layer.a, outputs)
+            if layer.g is not None:
+                cost += _solve_flops(layer.g, layer.a.side)
+            for rank in self.placement.appliers[layer.name]:
+                work[rank] += cost
+        return max(work)
+
+
+def factor_bytes(factor: FactorDims, item: int) -> int:
+    """Bytes of a factor and its factorization where they are kept, counts and flags included.
+
+    Args:
+        factor: its description.
+        item: bytes of a number of a dense block; diagonals and low-rank forms are fp32.
+    """
+    total = 4 + 1
+    for d in factor.blocks:
+        k = factor.kept_rank(d)
+        # The basis of the running average, the one that the inverse was made with; core and inverse; trace and tail.
+        total += 4 * (2 * d * k + 2 * k * k + 2) if k else item * d * d + 4 * d
+    return total
+
+
+def _sum_bytes(factor: FactorDims) -> int:
+    ranks = [(d, factor.kept_rank(d)) for d in factor.blocks]
+    return 4 + 4 * sum(d * k + 1 if k else d * d for d, k in ranks)
+
+
+def _basis(factor: FactorDims) -> int:
+    return sum(d * factor.kept_rank(d) for d in factor.blocks)
+
+
+def _made_elements(factor: FactorDims) -> int:
+    """Numbers of a factorization on the wire."""
+    ranks = [(d, factor.kept_rank(d)) for d in factor.blocks]
+    return 1 + sum(d * k + k * k + 1 if k else d * (d + 1) // 2 for d, k in ranks)
+
+
+def _fresh_bytes(factor: FactorDims) -> int:
+    """Bytes of a factorization that is not taken over yet."""
+    ranks = [(d, factor.kept_rank(d)) for d in factor.blocks]
+    return 4 * sum(d * k + k * k + 1 if k else d * d for d, k in ranks)
+
+
+def _solve_flops(factor: FactorDims, columns: int) -> float:
+    ranks = [(d, factor.kept_rank(d)) for d in factor.blocks]
+    return columns * sum(4.0 * d * k + 2.0 * k * k if k else 2.0 * d * d for d, k in ranks)

@@ -1,0 +1,83 @@
+"""Planned state and traffic of four and eight ranks against the method as each of them would build it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dsso import tasks
+from dsso.optim.kfac import Config, Method
+from dsso.parallel.fragments import FragmentExchange, Span, SpanTable
+from dsso.plan import resolve
+from dsso.plan_kfac import KfacPlan
+from dsso.plan_layout import layout
+from dsso.plan_model import Survey, survey
+from dsso.recipe import ResolvedRecipe, load_recipe
+from tests.plan.cases import ADAPTER, BLOCKS, LORA, LOW, on_meta, planned, recipe
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "low_rank": LOW,
+    "blocks": BLOCKS,
+    "narrow": {"storage": "bfloat16"},
+    "forward_only": {"fisher": "forward_only"},
+    "hybrid": {"strategy": "hybrid_optimal"},
+    "everywhere": {"strategy": "communication_optimal"},
+}
+
+
+@pytest.mark.parametrize("world_size", [4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_bytes(kind: str, world_size: int) -> None:
+    raw = recipe("zero-2", model="tiny-t5", params=KINDS[kind])
+    written = load_recipe(raw)
+    task = tasks.load_task(written.dsso.task, 0)
+    model = tasks.models.load(written.dsso.model, task, written.dsso.task).model
+    found = planned(raw, world_size)
+    for rank in range(world_size):
+        method = Method(written.optimizer_config, model, torch.device("cpu"), rank, world_size)  # type: ignore[arg-type]
+        assert found.ranks[rank].factors == method.state_bytes()
+        wire = 4 * sum(method.placement.wire_elements(r) for r in range(world_size))
+        assert found.wire.statistics == wire
+        method.close()
+
+
+def spans(seen: Survey, resolved: ResolvedRecipe, engine: str, rank: int) -> list[Span]:
+    """This rank's pieces, as its engine would lay them out."""
+    world, held = resolved.world_size, layout(seen, resolved, engine, rank).held
+    before = [layout(seen, resolved, engine, r).held for r in range(rank)]
+    out, at = [], 0
+    for weight in seen.trained:
+        numel = held.get(weight.name, 0)
+        replica = engine == "ddp"
+        start = 0 if replica else sum(one.get(weight.name, 0) for one in before)
+        if numel:
+            out.append(Span(weight.name, start, numel, 0, at))
+            at += numel
+    assert world > rank
+    return out
+
+
+@pytest.mark.parametrize("strategy", ["memory_optimal", "hybrid_optimal", "communication_optimal"])
+@pytest.mark.parametrize("engine", ["zero-2", "zero-3", "fsdp2", "ddp"])
+@pytest.mark.parametrize("peft", [LORA, ADAPTER, {"type": "none"}], ids=["lora", "adapter", "full"])
+def test_exchange(engine: str, strategy: str, peft: dict[str, Any]) -> None:
+    world = 4
+    written = load_recipe(recipe(engine, model="tiny-bert", peft=peft, params={"strategy": strategy}))
+    config = written.optimizer_config
+    assert isinstance(config, Config)
+    resolved = resolve(written, world)
+    seen = survey(on_meta(written), config)
+    method = KfacPlan(seen, config, world, resolved.gas)
+    pieces = [spans(seen, resolved, engine, rank) for rank in range(world)]
+    table = SpanTable({w.name: w.numel for w in seen.trained}, tuple(map(tuple, pieces)))
+    table.check()
+    workers = {n: method.placement.appliers[layer.name] for layer in seen.layers for n in layer.parameters}
+    found = method.exchange([layout(seen, resolved, engine, rank).held for rank in range(world)])
+    for rank in range(world):
+        real = FragmentExchange(table, workers, rank)
+        rows = [row for table_ in (real._sent, real._answered) for r, row in enumerate(table_) if r != rank]
+        assert found[rank].sent == 4 * sum(copy.numel for row in rows for copy in row)
+        assert found[rank].owned == 4 * sum(real.sizes[name] for name in real.owned)
