@@ -280,15 +280,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the figure and the summary")
     parser.add_argument(
-        "--quick", action="store_true", help="few steps: shows that it runs, not what it costs"
+        "--quick", action="store_true", help="few steps: it runs, but says little of the cost"
     )
+    parser.add_argument("--repeats", type=int, default=3, help="times that a whole interval is gone through")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     quick = arguments.quick
     results: dict[str, dict[str, Any]] = {name: {} for name in VARIANTS}
     kinds, peer = kinds_of_steps(2 if quick else 9)
-    periods = amortised(10 if quick else 100, 1 if quick else 3)
+    periods = amortised(10 if quick else 100, 1 if quick else arguments.repeats)
     angles = cosines(2 if quick else 10)
     held, sent = held_bytes(), wire()
     for name, one in results.items():
