@@ -157,6 +157,7 @@ class Refresh:
             floor: multiple of the mean curvature.
         """
         again = self._failed_before()
+        flags: dict[str, Tensor] = {}
         if keys:
             self.damping = damping
             level = self._floor(floor) if self._mode == "relative" and floor else self._like.new_zeros(())
@@ -165,10 +166,18 @@ class Refresh:
                     self._factors[key].refreshed_at = step
                     self._factors[key].attempt = 0
                 if key in self._owned:
-                    self._begin(key, *self._shift(key, damping, level), step)
+                    shift, usable = self._shift(key, damping, level)
+                    self._shifts[key] = shift
+                    if self._workers is None:
+                        # One after another: no more than one result waits in memory.
+                        flags[key] = self._factors[key].keep(self._now(key, shift), usable)
+                    else:
+                        self._pending.append(
+                            _Pending(key, step + self._delay, usable, self._later(key, shift))
+                        )
             self._coming[step + self._delay] = list(keys)
         fresh = self._coming.pop(step, [])
-        flags = self._take_over(step)
+        flags |= self._take_over(step)
         for key in again:
             if key in flags or key not in self._factors:
                 continue
@@ -176,7 +185,7 @@ class Refresh:
             jitter = JITTERS[factor.attempt]
             factor.attempt += 1
             if key in self._owned:
-                found = [job() for job in factor.jobs(self._shifts[key], jitter, torch.float64)]
+                found = self._now(key, self._shifts[key], jitter, torch.float64)
                 flags[key] = factor.keep(found, torch.ones_like(factor.ready))
         self._report([*fresh, *again], flags)
         if self._applied_elsewhere:
@@ -204,20 +213,20 @@ class Refresh:
             self._outcome_keys = list(flags)
             self._outcome.push(torch.stack(list(flags.values())).to(torch.float32))
 
-    def _begin(self, key: str, shift: Tensor, usable: Tensor, step: int) -> None:
-        self._shifts[key] = shift
+    def _now(
+        self, key: str, shift: Tensor, jitter: float = 0.0, dtype: torch.dtype | None = None
+    ) -> list[list[Tensor]]:
+        return [job() for job in self._factors[key].jobs(shift, jitter, dtype)]
+
+    def _later(self, key: str, shift: Tensor) -> Future[list[list[Tensor]]]:
+        """The factorization, on the background thread, of what the factor is now."""
+        assert self._workers is not None
         jobs = self._factors[key].jobs(shift)
-        found: Future[list[list[Tensor]]]
-        if self._workers is None:
-            found = Future()
-            found.set_result([job() for job in jobs])
-        elif self._stream is None:
-            found = self._workers.submit(lambda: [job() for job in jobs])
-        else:
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
-            found = self._workers.submit(self._on_stream, jobs, copied)
-        self._pending.append(_Pending(key, step + self._delay, usable, found))
+        if self._stream is None:
+            return self._workers.submit(lambda: [job() for job in jobs])
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        return self._workers.submit(self._on_stream, jobs, copied)
 
     def _on_stream(self, jobs: Sequence[Job], copied: Any) -> list[list[Tensor]]:
         """Run the jobs on the side stream, after the copies that they work on."""
