@@ -48,7 +48,7 @@ class RankBytes:
         sums: of a window that measures all factors, most at one time.
         statistics: these sums and their buffers.
         statistics_later: of the largest window once measurements are spread.
-        refresh: factorizations that wait to be taken over, when all are made in one step.
+        refresh: factorizations being made or waiting to be taken over, when all are due in one step.
         refresh_later: once they are spread.
         exchange: buffers for whole gradients and updates, at most.
         in_pass: everything at the end of the backward pass.

@@ -43,7 +43,7 @@ class Window:
         sums: most bytes of sums at one time, on every rank.
         buffers: bytes on their way: buckets, what has arrived, bases of low-rank forms; of one rank.
         arrived: bytes of the sums of all ranks where they are averaged; of one rank.
-        refresh: bytes of new factorizations that wait to be taken over; of one rank.
+        refresh: bytes of factorizations being made or waiting to be taken over; of one rank.
     """
 
     sums: int = 0
@@ -132,7 +132,10 @@ class KfacPlan:
                 (_sum_bytes(every[key]) for key in owned & set(measured)), default=0
             )
         mine = [every[key] for key in owned & set(factorized)]
-        refresh = sum(_fresh_bytes(f) for f in mine) + max((_fresh_bytes(f) for f in mine), default=0)
+        # At once: one after another, a damped copy and what it is turned into. In the background all of them wait.
+        fresh = [_fresh_bytes(f) for f in mine]
+        waiting = sum(fresh) if self.config.async_delay else 0
+        refresh = waiting + 2 * max(fresh, default=0)
         return Window(sums, buffers, arrived, refresh)
 
     def _sums(self, measured: set[str]) -> int:
