@@ -170,11 +170,14 @@ class KfacPlan:
         factorized = self._due(self._factorized, self.config.inverse_interval, start)
         windows = [self.window(rank, keys, ()) for keys in measured]
         most = max(windows, key=lambda window: window.sums + window.buffers)
+        # In the background, those of as many steps as they are late are alive together.
+        alive = 1 + self.config.async_delay
+        refresh = alive * max(self.window(rank, (), keys).refresh for keys in factorized)
         return Window(
             most.sums,
             most.buffers,
             max(window.arrived for window in windows),
-            max(self.window(rank, (), keys).refresh for keys in factorized),
+            min(refresh, self.window(rank, (), self.placement.factors).refresh),
         )
 
     @staticmethod

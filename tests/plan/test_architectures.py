@@ -144,11 +144,10 @@ def test_statistics_are_largest_at_first(tmp_path: Path) -> None:
         assert rank.statistics_later < 0.2 * rank.statistics
         # One after another: no more than one is made at a time, however many are due.
         assert rank.refresh_later == rank.refresh == 2 * 4 * 4096**2
-    waiting = planned(large(tmp_path, "llama-7b", async_delay=5, overlap=False), 8)
-    assert all(
-        rank.refresh > 0.9 * rank.factors and rank.refresh_later < 0.2 * rank.refresh
-        for rank in waiting.ranks
-    )
+    waiting = planned(large(tmp_path, "llama-7b", async_delay=2, overlap=False), 8)
+    for rank in waiting.ranks:
+        assert rank.refresh > 0.9 * rank.factors
+        assert rank.refresh_later < rank.refresh
     together = planned(large(tmp_path, "llama-7b", stagger=False, overlap=False), 8)
     assert together.all_until is None
     assert together.worst.statistics_later == together.worst.statistics
