@@ -98,6 +98,8 @@ class Refresh:
         self._delay = delay
         self._partners: dict[str, list[tuple[str, str | None]]] = {}
         for pair in pairs:
+            if not all(key is None or key in factors for key in pair):
+                continue  # of a unit that was cut, another rank has the other half of this pair
             for key in pair:
                 if key is not None:
                     self._partners.setdefault(key, []).append(pair)

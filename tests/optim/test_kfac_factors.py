@@ -176,6 +176,38 @@ def test_work_is_spread_over_the_interval_and_all_is_done_once(every: int) -> No
     assert Stagger(costs, False).due(interval, 6) == []
 
 
+def test_every_part_of_a_cut_unit_is_damped_and_factorized() -> None:
+    """Where one tensor is read by more layers than a rank can take, each part has a copy of A and some of the G."""
+
+    class Fan(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(6, 20, bias=False) for _ in range(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([layer(x) for layer in self.layers]).sum()
+
+    held: set[str] = set()
+    for rank in range(3):
+        torch.manual_seed(0)
+        model = Fan()
+        method = Method(Config(), model, CPU, rank, 3, {"x": torch.randn(1, 6)})
+        assert len({layer.a.key for layer in method.placement.layers}) == 1
+        method.begin_window(0, False)
+        method.before_backward(1.0, 4.0, last=True)
+        model(torch.randn(4, 6, requires_grad=True)).backward()
+        bad = method.measured_badly()
+        assert bad is not None
+        # One process stands for each rank: its own sums are all there are.
+        for key, found in method.capture.sums.items():
+            if key in method.factors:
+                method.factors[key].average(found, torch.tensor(4.0), bad, 0.9)
+        method.refresh.run(list(method.placement.factors), 0, 0.1, 0.0)
+        assert all(bool(factor.ready) for factor in method.factors.values())
+        held |= set(method.factors)
+    assert held == set(method.placement.factors)
+
+
 @pytest.mark.parametrize("settings", [{}, {"low_rank": 8, "low_rank_above": 16}])
 def test_memory_is_an_even_share(settings: dict[str, Any]) -> None:
     """Law of sharding: bytes counted from the tensors of every simulated rank."""
