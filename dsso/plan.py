@@ -1,5 +1,7 @@
 """What a run will need before it starts: memory of every rank, bytes on the wire, operations, and what fits.
 
+In a program::
+
     with torch.device("meta"):
         model = AutoModelForSeq2SeqLM.from_config(config)
     found = plan(model, load_recipe("recipe.json"), world_size=8, gpu_gb=80)

@@ -39,7 +39,10 @@ def table(layout: str, sizes: dict[str, int], world: int) -> SpanTable:
                 piece = -(-size // parts)
                 start = min(turn * piece, size)
                 spans.append(Span(name, start, min(piece, size - start), index, 0))
-    return SpanTable(sizes, tuple(tuple(spans or whole) for spans in ranks))
+    if layout == "replicas":
+        return SpanTable(sizes, tuple(tuple(whole) for _ in ranks))
+    # A rank may hold nothing.
+    return SpanTable(sizes, tuple(tuple(spans) for spans in ranks))
 
 
 @settings(max_examples=60, deadline=None)
