@@ -151,22 +151,22 @@ class Statistics:
             dist.all_reduce(counted, group=self._group)
         # The terms behind a G are the window's, whichever of them reached the layer; none where no rank used it.
         inputs = set(self.capture.a_keys)
-        counts = [
-            counted[i] if key in inputs else torch.where(counted[i] > 0, counted[-1], counted[i])
+        counts = {
+            key: counted[i] if key in inputs else torch.where(counted[i] > 0, counted[-1], counted[i])
             for i, key in enumerate(order)
-        ]
+        }
+        mine, arrived = order, {}
         if self._distributed:
             assert self._buckets is not None
             mine = [key for key in order if self._rank in self._placement.factor_owners[key]]
-            for key, wire in zip(mine, self._buckets.finish(), strict=True):
-                sums[key].unpack(wire, sums[key].count)
-                self._factors[key].average(sums[key], counts[order.index(key)], bad, decay)
-                sums[key].forget()
+            arrived = dict(zip(mine, self._buckets.finish(), strict=True))
             self.sent += self._buckets.sent
-        else:
-            for index, key in enumerate(order):
-                self._factors[key].average(sums[key], counts[index], bad, decay)
-                sums[key].forget()
+        for key in mine:
+            # Unpacked one at a time: a matrix is twice its triangle.
+            if key in arrived:
+                sums[key].unpack(arrived.pop(key), sums[key].count)
+            self._factors[key].average(sums[key], counts[key], bad, decay)
+            sums[key].forget()
         self.capture.close()
 
 
