@@ -61,4 +61,7 @@ def take(x_BSD: Tensor, index_BJ: Tensor) -> Tensor:
     Shapes:
         result: [B, J, D].
     """
-    return x_BSD.gather(1, index_BJ.unsqueeze(-1).expand(-1, -1, x_BSD.shape[-1]))
+    examples, tokens, width = x_BSD.shape
+    # Whole rows are copied; `gather` would look every number up.
+    rows_BJ = index_BJ + torch.arange(examples, device=index_BJ.device).unsqueeze(1) * tokens
+    return x_BSD.reshape(-1, width).index_select(0, rows_BJ.reshape(-1)).view(examples, -1, width)

@@ -25,6 +25,11 @@ PANEL = 256
 """Rows of a panel: large enough for matrix products to be fast, small enough to save half of them."""
 
 
+def asking_is_free(flag: Tensor) -> bool:
+    """Whether the value of a tensor can be had without waiting for a device."""
+    return flag.device.type == "cpu"
+
+
 def panels(dim: int) -> Iterator[tuple[int, int]]:
     """First and last-plus-one row of every panel."""
     for start in range(0, dim, PANEL):
@@ -52,7 +57,8 @@ def packed_size(dim: int) -> int:
 def add_gram_(sum_DD: Tensor, x_ND: Tensor, scale: float = 1.0, fresh: bool = False) -> None:
     """S += scale X^T X, in place, on and above the diagonal (blocks on it are filled on both sides).
 
-    A little more than half of the multiplications of a full product.
+    A little more than half of the multiplications of a full product: large sides are halved, what is right of the
+    diagonal is one product, and small ones go panel by panel.
 
     Args:
         sum_DD: S.
@@ -60,11 +66,18 @@ def add_gram_(sum_DD: Tensor, x_ND: Tensor, scale: float = 1.0, fresh: bool = Fa
         scale: of the product.
         fresh: S holds nothing yet: it is written, whatever was there.
     """
-    x_DN = x_ND.mT
-    for start, end in panels(sum_DD.shape[0]):
-        sum_DD[start:end, start:].addmm_(
-            x_DN[start:end], x_ND[:, start:], beta=0.0 if fresh else 1.0, alpha=scale
-        )
+    dim, beta = sum_DD.shape[0], 0.0 if fresh else 1.0
+    if dim > 2 * PANEL:
+        half = dim // 2
+        add_gram_(sum_DD[:half, :half], x_ND[:, :half], scale, fresh)
+        sum_DD[:half, half:].addmm_(x_ND[:, :half].mT, x_ND[:, half:], beta=beta, alpha=scale)
+        add_gram_(sum_DD[half:, half:], x_ND[:, half:], scale, fresh)
+        return
+    # Narrow panels save more; on a GPU it is the number of launches that counts.
+    height = PANEL // 4 if sum_DD.device.type == "cpu" else PANEL
+    for start in range(0, dim, height):
+        end = min(start + height, dim)
+        sum_DD[start:end, start:].addmm_(x_ND[:, start:end].mT, x_ND[:, start:], beta=beta, alpha=scale)
 
 
 def pack_into(out_P: Tensor, x_DD: Tensor) -> None:
@@ -116,6 +129,11 @@ def accumulate_(store_DD: Tensor, diagonal_D: Tensor, sum_DD: Tensor, keep: Tens
         keep: scalar tensor.
         take: boolean scalar tensor; where it is false S stays, and not even a NaN of the sum reaches it.
     """
+    if asking_is_free(take):
+        # The choice need not be made number by number.
+        if take:
+            _accumulate_all_(store_DD, diagonal_D, sum_DD, float(keep))
+        return
     # The fewest passes over memory: one multiply-add into the sum, one choice between it and what was there.
     diagonal_D.copy_(torch.where(take, diagonal_D * keep + sum_DD.diagonal(), diagonal_D))
     for start, end in panels(store_DD.shape[0]):
@@ -127,6 +145,18 @@ def accumulate_(store_DD: Tensor, diagonal_D: Tensor, sum_DD: Tensor, keep: Tens
             right, new = store_DD[start:end, end:], sum_DD[start:end, end:]
             new.addcmul_(right.to(new.dtype), keep)
             torch.where(take, new.to(right.dtype), right, out=right)
+
+
+def _accumulate_all_(store_DD: Tensor, diagonal_D: Tensor, sum_DD: Tensor, keep: float) -> None:
+    """S <- keep S + sum, in one pass over memory."""
+    diagonal_D.mul_(keep).add_(sum_DD.diagonal())
+    for start, end in panels(store_DD.shape[0]):
+        upper = _strictly_upper(end - start, store_DD.device)
+        block, new = store_DD[start:end, start:end], sum_DD[start:end, start:end]
+        torch.where(upper, torch.add(new, block, alpha=keep).to(block.dtype), block, out=block)
+        if end < store_DD.shape[0]:
+            right = store_DD[start:end, end:]
+            torch.add(sum_DD[start:end, end:], right, alpha=keep, out=right)
 
 
 def symmetric(store_DD: Tensor, diagonal_D: Tensor, dtype: torch.dtype) -> Tensor:
@@ -191,13 +221,19 @@ def factorize_(damped_DD: Tensor) -> Tensor:
 
 def write_lower_(store_DD: Tensor, chol_DD: Tensor, good: Tensor) -> None:
     """Keep a new Cholesky factor, in place, where `good` (boolean scalar tensor); S above the diagonal stays."""
+    asked = asking_is_free(good)
+    if asked and not good:
+        return
     for start, end in panels(store_DD.shape[0]):
         block, new = store_DD[start:end, start:end], chol_DD[start:end, start:end]
         lower = ~_strictly_upper(end - start, store_DD.device)
         torch.where(lower & good, new.to(block.dtype), block, out=block)
         if start:
-            left = store_DD[start:end, :start]
-            torch.where(good, chol_DD[start:end, :start].to(left.dtype), left, out=left)
+            left, new = store_DD[start:end, :start], chol_DD[start:end, :start]
+            if asked:
+                left.copy_(new)
+            else:
+                torch.where(good, new.to(left.dtype), left, out=left)
 
 
 def solve_lower(store_DD: Tensor, v_DR: Tensor) -> Tensor:

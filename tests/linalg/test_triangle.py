@@ -12,6 +12,13 @@ from dsso.linalg import triangle
 SIDES = (1, 5, 255, 256, 257, 512, 600, 1000)
 
 
+@pytest.fixture(params=["asks", "computes"], autouse=True)
+def _path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways through a choice: the one for CPUs, and the one that never asks a device."""
+    if request.param == "computes":
+        monkeypatch.setattr(triangle, "asking_is_free", lambda flag: False)
+
+
 def _data(dim: int, seed: int = 0, rows: int = 9) -> torch.Tensor:
     return torch.randn(rows, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
