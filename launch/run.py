@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
-
-import torch.distributed
-from torch.distributed import distributed_c10d
 
 from dsso import checkpoint, engines
 from dsso.diagnostics import MetricsLog, environment, jsonable, method_table
@@ -35,7 +31,6 @@ def run(job: Job, place: engines.Environment) -> int:
     """
     engines.start(place, job.recipe.dsso.train.timeout_minutes)
     engine = cast("Engine", engines.build(job.bundle.model, job.recipe, place))
-    _bound_waits(job.recipe.dsso.train.timeout_minutes)
     seed_everything(job.seed, job.rank)
     with StopRequest(speak=job.rank == 0) as stop:
         _open_directory(job)
@@ -69,14 +64,6 @@ def run(job: Job, place: engines.Environment) -> int:
         engine.close()
     engines.stop()
     return 0
-
-
-def _bound_waits(minutes: float) -> None:
-    """Give every process group the run's time-out: those that an engine makes for itself have torch's default."""
-    if not torch.distributed.is_initialized():
-        return
-    for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def _say(job: Job, message: str) -> None:

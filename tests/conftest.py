@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,16 +73,33 @@ def data_root() -> Path:
 
 @pytest.fixture
 def forbid_host_sync(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it, and from then on asking a tensor for its value on the host raises an `AssertionError`."""
+    """Call it, and from then on asking a tensor for its value on the host raises an `AssertionError`.
+
+    `dsso.parallel.deferred` alone may: it reads what was asked for a step earlier.
+    """
+    lookup, read = torch.Tensor.__getitem__, torch.Tensor.tolist
 
     def forbidden(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("host synchronization in a step")
 
+    def tolist(self: torch.Tensor) -> Any:
+        if Path(sys._getframe(1).f_code.co_filename).name != "deferred.py":
+            raise AssertionError("host synchronization in a step")
+        return read(self)
+
+    def getitem(self: torch.Tensor, index: Any) -> Any:
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts):
+            raise AssertionError("host synchronization in a step")
+        return lookup(self, index)
+
     def begin() -> None:
         # What a CPU may ask is not what is tested here.
         monkeypatch.setattr(triangle, "asking_is_free", lambda flag: False)
-        for name in ("item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        for name in ("item", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__"):
             monkeypatch.setattr(torch.Tensor, name, forbidden)
+        monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+        monkeypatch.setattr(torch.Tensor, "__getitem__", getitem)
 
     return begin
 

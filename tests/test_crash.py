@@ -148,7 +148,7 @@ def dying(directory: Path, step: int, moment: int) -> None:
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
-def test_killed_at_every_access_to_the_disk(tmp_path: Path, again: bool) -> None:
+def test_killed_at_every_call_that_opens_renames_or_removes(tmp_path: Path, again: bool) -> None:
     moment, status, found = 0, 9, set()
     save(Checkpointer(tmp_path, 1), engine(), 5)
     while status == 9:

@@ -68,7 +68,7 @@ def test_figures_of_the_factors(run: tuple[Path, SingleEngine]) -> None:
     assert wide["sides"] == (7, 7, 7)
 
 
-def test_low_rank_forms_and_ages(tmp_path: Path) -> None:
+def test_low_rank_forms_and_what_is_under_way(tmp_path: Path) -> None:
     engine = trained(low_rank=5, low_rank_above=15, async_delay=2)
     engine.save_checkpoint(tmp_path, "mine", {})
     found = {factor["factor"]: factor for factor in inspect(tmp_path / "mine")["factors"]}

@@ -131,6 +131,7 @@ class Capture:
         self.sums = dict(sums)
         self.terms = 0.0
         self._step = step
+        self._expected.clear()
 
     def close(self) -> None:
         """End the window; its memory is given back."""
@@ -156,7 +157,6 @@ class Capture:
             x = args[0]
             if self._pass != self.masks.passes:
                 self._leads.clear()
-                self._expected.clear()
                 self._pass = self.masks.passes
             take_a = self.take_a and a_key in self.sums and self._measures(index, a_key, x)
             take_g = self.take_g and g_key is not None and g_key in self.sums
@@ -221,15 +221,16 @@ class Capture:
                 self._add_inputs(index, x, weight)
             if g is not None:
                 self._add_gradients(index, g, boost)
-        if self.on_final is not None and self.last:
-            for key in (
-                self.a_keys[index] if x is not None else None,
-                self.g_keys[index] if g is not None else None,
-            ):
-                if key is not None:
-                    self._expected[key] -= 1
-                    if not self._expected[key]:
-                        self.on_final(key)
+        for key in (
+            self.a_keys[index] if x is not None else None,
+            self.g_keys[index] if g is not None else None,
+        ):
+            if key is not None:
+                # Uses of all the window's forward passes that no backward pass has reached yet. A forward pass
+                # without a backward pass leaves some over: the factor is then sent at the end of the window.
+                self._expected[key] -= 1
+                if self.last and not self._expected[key] and self.on_final is not None:
+                    self.on_final(key)
 
     def _phase(self, given: Tensor, mask: Tensor | None) -> Tensor:
         """Phases of the examples of this pass; without token ids all examples have that of the step."""

@@ -12,7 +12,7 @@ from torch import nn
 from dsso.engines.base import EngineBase
 from dsso.engines.ddp import DDPEngine
 from dsso.engines.deepspeed import DeepSpeedEngine
-from dsso.engines.environment import Environment, launch_environment
+from dsso.engines.environment import Environment, bound_waits, launch_environment
 from dsso.engines.single import SingleEngine
 from dsso.errors import RecipeError
 from dsso.optim import available, resolve
@@ -84,7 +84,7 @@ def build(
     """The engine that a resolved recipe asks for; collective under a launcher.
 
     Without a launcher any recipe runs on one device in this process: by the invariance of the step the result is the
-    same.
+    same. All process groups get the recipe's time-out.
 
     Args:
         model: the model, with its adapters and `requires_grad` flags.
@@ -95,7 +95,14 @@ def build(
     Raises:
         RecipeError: for an engine, precision or model that cannot work.
     """
-    environment = environment or launch_environment()
+    engine = _build(model, resolved, environment or launch_environment(), example)
+    bound_waits(resolved.dsso.train.timeout_minutes)
+    return engine
+
+
+def _build(
+    model: nn.Module, resolved: Any, environment: Environment, example: Mapping[str, Any] | None
+) -> EngineBase:
     device = environment.device
     ds_config = dict(resolved.ds_config)
     clip = float(ds_config.get("gradient_clipping", 0.0))

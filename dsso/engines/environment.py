@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from dsso.errors import RecipeError
 
@@ -77,6 +78,18 @@ def start(environment: Environment, timeout_minutes: float = 10.0) -> None:
     # The host has a group of its own beside the GPUs': flags and objects need not pass through a device.
     backend = "cpu:gloo,cuda:nccl" if environment.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+
+
+def bound_waits(minutes: float) -> None:
+    """Give every process group a time-out: those that an engine or a method made for itself have torch's default.
+
+    Args:
+        minutes: a collective that waits longer than this for another rank fails.
+    """
+    if not dist.is_initialized():
+        return
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def stop() -> None:

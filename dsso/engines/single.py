@@ -39,13 +39,13 @@ class SingleEngine(EngineBase):
         self.scheduler = scheduler
         self._micro = 0
         self._parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        for p in self._parameters.values():
+            if not p.is_contiguous():
+                p.data = p.data.contiguous()
         self._masters = {
             n: p if p.dtype in (torch.float32, torch.float64) else p.detach().to(torch.float32).clone()
             for n, p in self._parameters.items()
         }
-        for p in self._parameters.values():
-            if not p.is_contiguous():
-                p.data = p.data.contiguous()
         spans = [Span(n, 0, p.numel(), i, 0) for i, (n, p) in enumerate(self._parameters.items())]
         optimizer.attach(
             list(self._masters.values()), spans, {n: p.numel() for n, p in self._parameters.items()}

@@ -63,20 +63,21 @@ def split_damping(
 
     Returns:
         Scalars; where the inputs are zero, or nothing is known of the curvature, the pair is not usable and the
-        values are 1, so that solves stay finite.
+        values are positive all the same, so that solves stay finite.
 
     Source: Martens & Grosse 2015, section 6.3; relative form: scale-free, so it needs no knowledge of the loss.
     """
     curvature = mean_a * mean_g
     strength = damping * curvature + floor if mode == "relative" else curvature
-    usable = (mean_a > TINY) & (strength > 0) & torch.isfinite(mean_a) & torch.isfinite(curvature)
+    known = (mean_a > TINY) & torch.isfinite(mean_a)
+    usable = known & (strength > 0) & torch.isfinite(curvature)
     one = torch.ones_like(mean_a)
-    a = torch.where(usable, mean_a, one)
     if mode == "relative":
-        lambda_a = damping**0.5 * a
-        lambda_g = torch.where(usable, strength, one) / lambda_a
+        # That of A is its own, whatever its partner: it may be shared with layers whose G is not zero.
+        lambda_a = damping**0.5 * torch.where(known, mean_a, one)
+        lambda_g = torch.where(usable, strength / lambda_a, one)
     elif mode == "absolute":
-        pi = torch.sqrt(a / torch.where(usable, mean_g, one))
+        pi = torch.sqrt(torch.where(usable, mean_a, one) / torch.where(usable, mean_g, one))
         lambda_a, lambda_g = pi * damping**0.5, damping**0.5 / pi
     else:
         lambda_a, lambda_g = one * damping, one * damping

@@ -198,7 +198,6 @@ class Factor:
     Attributes:
         weight: running count behind the sums, scalar tensor.
         ready: the factorization is a usable one, boolean scalar tensor.
-        attempt: further attempts made since a factorization failed.
         refreshed_at: step of the last factorization, None before the first.
     """
 
@@ -213,7 +212,6 @@ class Factor:
         ]
         self.weight = like.new_zeros(())
         self.ready = torch.zeros((), dtype=torch.bool, device=like.device)
-        self.attempt = 0
         self.refreshed_at: int | None = None
 
     @property

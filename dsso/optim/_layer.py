@@ -54,9 +54,7 @@ class LayerPair:
         return out
 
 
-def precondition(
-    pairs: Sequence[LayerPair], gradients: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
+def precondition(pairs: Sequence[LayerPair], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """U = G^-1 M A^-1 of layers that have one A; zero while a factorization is missing.
 
     A is read once for all of them: with the few rows of an adapter, reading it is what a solve costs.
@@ -66,8 +64,7 @@ def precondition(
         gradients: flattened, by parameter name.
 
     Returns:
-        Flattened updates by parameter name, and for every layer whether there is a gradient but no usable pair
-        (boolean scalar tensors).
+        Flattened updates by parameter name.
     """
     matrices = [pair.matrix(gradients) for pair in pairs]
     half = [
@@ -76,10 +73,7 @@ def precondition(
     v_IO = torch.cat(half).mT if len(half) > 1 else half[0].mT
     parts = torch.split(pairs[0].a.solve(v_IO).mT, [m_OI.shape[0] for m_OI in matrices])
     updates: dict[str, Tensor] = {}
-    waits = []
-    for pair, m_OI, u_OI in zip(pairs, matrices, parts, strict=True):
-        ready = pair.ready()
+    for pair, u_OI in zip(pairs, parts, strict=True):
         # Without a usable pair the factorizations are those of the identity, so this multiplies no NaN by zero.
-        updates |= pair.flattened(u_OI * ready)
-        waits.append(~ready & (m_OI != 0).any())
-    return updates, waits
+        updates |= pair.flattened(u_OI * pair.ready())
+    return updates

@@ -94,6 +94,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self._norms: StepNorms | None = None
         self._scale = torch.ones(())
         self._clip_events = torch.zeros(())
+        self._failures = self._without = torch.zeros(())
 
     # -- attachment ---------------------------------------------------------------------------------------------
 
@@ -127,6 +128,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         device = self._buffers[0].device
         self._scale = torch.ones((), device=device)
         self._clip_events = torch.zeros((), device=device)
+        self._failures = self._without = torch.zeros((), device=device)
         self._allocate()
         return table
 
@@ -203,13 +205,13 @@ class PartitionOptimizer(torch.optim.Optimizer):
         updates: dict[str, Tensor] = {}
         owned: dict[str, Tensor] = {}
         device = gradients[0].device
-        waiting = gradients[0].new_zeros(())
+        figures = gradients[0].new_zeros(3)
         lost = torch.zeros((), dtype=torch.bool, device=device)
         if self.method is not None:
             owned = self._exchange.gather(gradients) if self._exchange else {}
             lost = self._update_statistics(gradients, lost)
-            updates, waiting = self.method.precondition(owned)
-        self._norms = self._reduce(gradients, owned, updates, lost, waiting)
+            updates, figures = self.method.precondition(owned)
+        self._norms = self._reduce(gradients, owned, updates, lost, figures)
         self._finish(gradients, updates, lr)
         self.steps += 1
 
@@ -232,7 +234,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         owned: Mapping[str, Tensor],
         updates: Mapping[str, Tensor],
         lost: Tensor,
-        waiting: Tensor,
+        figures: Tensor,
     ) -> StepNorms:
         """The global scalars of the step, in one all-reduce."""
         zero = gradients[0].new_zeros(())
@@ -248,9 +250,11 @@ class PartitionOptimizer(torch.optim.Optimizer):
             uu, ug, gg = uu + rest, ug + rest, gg + rest
         # Infinity minus infinity must not hide: the flag is summed as a number of its own.
         bad = (lost | ~torch.isfinite(uu + gg + ug)).to(zero.dtype)
-        total = collectives.all_sum(torch.stack([uu, ug, gg, bad, waiting]))
+        total = collectives.all_sum(torch.cat([torch.stack([uu, ug, gg, bad]), figures.to(zero.dtype)]))
         flag = (total[3] > 0) | ~torch.isfinite(total[0] + total[2])
-        self._outcome.push(torch.stack([flag.to(zero.dtype), total[4]]))
+        waiting, failed, self._without = total[4:]
+        self._failures = self._failures + failed
+        self._outcome.push(torch.stack([flag.to(zero.dtype), waiting]))
         return StepNorms(total[0], total[1], total[2], flag)
 
     def _finish(self, gradients: list[Tensor], updates: Mapping[str, Tensor], lr: float) -> None:
@@ -325,6 +329,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
                 self._scale,
                 self._clip_events,
                 norms.bad.to(norms.uu.dtype),
+                self._failures,
+                self._without,
             ]
         ).tolist()
         out = dict(
@@ -340,6 +346,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         out["tau"] = value(self.clipping.tau, max(self.steps - 1, 0))
         if self.method is not None:
             out.update(self.method.health())
+            out["factor_failures"], out["layers_without_factors"] = figures[6:]
         return out
 
     def state_bytes(self) -> int:
@@ -375,6 +382,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
             "retry": self._retry,
             "outcome": self._outcome.peek(),
             "clip_events": float(self._clip_events.item()),
+            "failures": float(self._failures.item()),
             "method": None if self.method is None else self.method.counters(),
         }
 
@@ -387,6 +395,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self.consecutive_skips = int(state["consecutive_skips"])
         self._retry = bool(state["retry"])
         self._clip_events.fill_(float(state["clip_events"]))
+        self._failures = torch.full_like(self._clip_events, float(state["failures"]))
         if state["outcome"] is not None:
             self._outcome.push(torch.tensor(state["outcome"]))
         if self.method is not None and state["method"] is not None:

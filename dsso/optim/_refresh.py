@@ -65,6 +65,8 @@ class _Pending:
     due: int
     usable: Tensor
     found: Future[list[list[Tensor]]]
+    # What it works on must not be given back while a side stream still reads it.
+    jobs: Sequence[Job] = ()
 
 
 class Refresh:
@@ -120,7 +122,9 @@ class Refresh:
         self._workers = ThreadPoolExecutor(1, "dsso-factorize") if delay else None
         self._stream = torch.cuda.Stream(like.device) if delay and like.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._shifts: dict[str, Tensor] = {}
-        self.failures = 0
+        # Of all factors that this rank hears of: whether a retry is due must be the same decision on every rank.
+        self._attempts: dict[str, int] = {}
+        self._failed = like.new_zeros(())
         self.damping = 0.0
 
     # -- curvature and damping ----------------------------------------------------------------------------------
@@ -164,9 +168,9 @@ class Refresh:
             self.damping = damping
             level = self._floor(floor) if self._mode == "relative" and floor else self._like.new_zeros(())
             for key in keys:
+                self._attempts[key] = 0
                 if key in self._factors:
                     self._factors[key].refreshed_at = step
-                    self._factors[key].attempt = 0
                 if key in self._owned:
                     shift, usable = self._shift(key, damping, level)
                     self._shifts[key] = shift
@@ -174,21 +178,23 @@ class Refresh:
                         # One after another: no more than one result waits in memory.
                         flags[key] = self._factors[key].keep(self._now(key, shift), usable)
                     else:
+                        jobs = self._factors[key].jobs(shift)
                         self._pending.append(
-                            _Pending(key, step + self._delay, usable, self._later(key, shift))
+                            _Pending(key, step + self._delay, usable, self._later(jobs), jobs)
                         )
-            self._coming[step + self._delay] = list(keys)
+            self._coming.setdefault(step + self._delay, []).extend(keys)
         fresh = self._coming.pop(step, [])
         flags |= self._take_over(step)
         for key in again:
-            if key in flags or key not in self._factors:
-                continue
-            factor = self._factors[key]
-            jitter = JITTERS[factor.attempt]
-            factor.attempt += 1
+            if key in fresh:
+                continue  # a later measurement has been factorized meanwhile
+            jitter = JITTERS[self._attempts.get(key, 0)]
+            self._attempts[key] = self._attempts.get(key, 0) + 1
             if key in self._owned:
+                factor = self._factors[key]
                 found = self._now(key, self._shifts[key], jitter, torch.float64)
                 flags[key] = factor.keep(found, torch.ones_like(factor.ready))
+        self._count(flags)
         self._report([*fresh, *again], flags)
         if self._applied_elsewhere:
             # What failed is sent as well, so that all appliers of a layer use the same at any time.
@@ -201,6 +207,16 @@ class Refresh:
                 self._placement.world_size,
                 self._like,
             )
+
+    def _count(self, flags: Mapping[str, Tensor]) -> None:
+        """Failures of this step, each factor counted by the first of its owners."""
+        mine = [flag for key, flag in flags.items() if self._placement.factor_owners[key][0] == self._rank]
+        self._failed = torch.stack(mine).sum().to(self._like.dtype) if mine else self._like.new_zeros(())
+
+    @property
+    def failed(self) -> Tensor:
+        """Factorizations that failed in this step, a scalar tensor; summed over ranks each factor counts once."""
+        return self._failed
 
     def _report(self, keys: Sequence[str], flags: Mapping[str, Tensor]) -> None:
         """Have the failures read a step later: this rank's, or all ranks' where a retry must be sent to others."""
@@ -220,10 +236,9 @@ class Refresh:
     ) -> list[list[Tensor]]:
         return [job() for job in self._factors[key].jobs(shift, jitter, dtype)]
 
-    def _later(self, key: str, shift: Tensor) -> Future[list[list[Tensor]]]:
-        """The factorization, on the background thread, of what the factor is now."""
+    def _later(self, jobs: Sequence[Job]) -> Future[list[list[Tensor]]]:
+        """The factorization, on the background thread, of what the factor was when the jobs were made."""
         assert self._workers is not None
-        jobs = self._factors[key].jobs(shift)
         if self._stream is None:
             return self._workers.submit(lambda: [job() for job in jobs])
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -243,15 +258,19 @@ class Refresh:
         self._pending = [one for one in self._pending if one.due > step]
         flags = {}
         for one in ready:
-            found = one.found.result()
-            if self._stream is not None:
-                # The side stream made them; what it still has to do comes first, and it must not reuse them early.
-                main = torch.cuda.current_stream(self._like.device)
-                main.wait_stream(self._stream)
-                for tensor in (t for block in found for t in block):
-                    tensor.record_stream(main)
+            found = self._finished(one)
             flags[one.key] = self._factors[one.key].keep(found, one.usable)
         return flags
+
+    def _finished(self, one: _Pending) -> list[list[Tensor]]:
+        """What the job found; the main stream waits for the side stream, which has only been told to make it."""
+        found = one.found.result()
+        if self._stream is not None:
+            main = torch.cuda.current_stream(self._like.device)
+            main.wait_stream(self._stream)
+            for tensor in (t for block in found for t in block):
+                tensor.record_stream(main)
+        return found
 
     def _failed_before(self) -> list[str]:
         """Factors whose last attempt failed a step ago and that may be tried again."""
@@ -260,9 +279,7 @@ class Refresh:
             return []
         again = []
         for flag, key in zip(flags, self._outcome_keys, strict=True):
-            self.failures += bool(flag)
-            tried = self._factors[key].attempt if key in self._factors else 0
-            if flag and tried < len(JITTERS):
+            if flag and self._attempts.get(key, 0) < len(JITTERS):
                 again.append(key)
         return again
 
@@ -281,7 +298,7 @@ class Refresh:
             # A factor may have several under way: a repeated measurement does not wait for the one before.
             name = f"{one.key}/pending/{one.due}"
             out[f"{name}/usable"] = one.usable
-            for block, found in enumerate(one.found.result()):
+            for block, found in enumerate(self._finished(one)):
                 out |= {f"{name}/{block}/{i}": tensor for i, tensor in enumerate(found)}
         return out
 
@@ -298,7 +315,7 @@ class Refresh:
         owned = {
             key: {
                 "refreshed_at": self._factors[key].refreshed_at,
-                "attempt": self._factors[key].attempt,
+                "attempt": self._attempts.get(key, 0),
                 "failed": failed.get(key, 0.0),
                 "shift": float(self._shifts[key].item()) if key in self._shifts else None,
                 "pending": pending.get(key, []),
@@ -321,10 +338,11 @@ class Refresh:
         self._coming = {int(step): list(keys) for step, keys in common["coming"].items()}
         self._pending = []
         flags: dict[str, Tensor] = {}
-        for key in self._factors:
+        device = self._like.device
+        self._attempts = {key: int(one["attempt"]) for key, one in owned.items()}
+        for key, factor in self._factors.items():
             found = owned[key]
-            factor = self._factors[key]
-            factor.refreshed_at, factor.attempt = found["refreshed_at"], int(found["attempt"])
+            factor.refreshed_at = found["refreshed_at"]
             if found["shift"] is not None:
                 self._shifts[key] = self._like.new_tensor(found["shift"])
             flags[key] = torch.tensor(found["failed"])
@@ -333,11 +351,12 @@ class Refresh:
                 future: Future[list[list[Tensor]]] = Future()
                 future.set_result(
                     [
-                        [tensors[f"{name}/{block}/{i}"] for i in range(kept.parts)]
+                        [tensors[f"{name}/{block}/{i}"].to(device) for i in range(kept.parts)]
                         for block, kept in enumerate(factor.blocks)
                     ]
                 )
-                self._pending.append(_Pending(key, int(due), tensors[f"{name}/usable"], future))
+                usable = tensors[f"{name}/usable"].to(device)
+                self._pending.append(_Pending(key, int(due), usable, future))
         self._pending.sort(key=lambda one: one.due)
         if self._applied_elsewhere:
             flags = {key: torch.tensor(one["failed"]) for key, one in sorted(owned.items())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 import torch
@@ -65,6 +66,12 @@ class Statistics:
 
     def open(self, keys: Collection[str], step: int) -> None:
         """Measure these factors in the window to come; collective where one of them is of low rank."""
+        if self._distributed and self.capture.active:
+            # The engine has dropped the step of the window before, on all ranks, and some sums are on their way: how
+            # many, may differ. The exchange is brought to its end, and what comes is thrown away.
+            self._send_rest()
+            assert self._buckets is not None
+            self._buckets.finish()
         self._queue = [key for key in self._order if key in keys]
         self._ready.clear()
         self._buckets = None
@@ -109,17 +116,26 @@ class Statistics:
         """A factor's sum is complete on this rank; send what is complete, in the order that all ranks keep."""
         self._ready.add(key)
         while self._queue and self._queue[0] in self._ready:
-            self._send(self._queue.pop(0))
+            self._send(self._queue.pop(0), wait=False)
 
-    def _send(self, key: str) -> None:
+    def _send(self, key: str, wait: bool = True) -> None:
         if self._buckets is None:
-            self._buckets = OwnerBuckets(self._bucket_elements, self._like, self._wire, self._group)
+            coming: Counter[int] = Counter()
+            for one in (key, *self._queue):
+                coming.update(dict.fromkeys(self._placement.factor_owners[one], self.capture.sums[one].size))
+            self._buckets = OwnerBuckets(
+                self._bucket_elements, self._like, self._wire, self._group, coming=coming
+            )
         found = self.capture.sums[key]
         self._note_bad(found)
         wire = self._like.new_empty(found.size)
         found.pack_into(wire)
-        self._buckets.put(self._placement.factor_owners[key], wire)
+        self._buckets.put(self._placement.factor_owners[key], wire, wait)
         found.forget()
+
+    def _send_rest(self) -> None:
+        while self._queue:
+            self._send(self._queue.pop(0))
 
     def _note_bad(self, found: FactorSum) -> None:
         bad = found.bad()
@@ -130,8 +146,7 @@ class Statistics:
         if not self.capture.active:
             return None
         if self._distributed:
-            while self._queue:
-                self._send(self._queue.pop(0))
+            self._send_rest()
         else:
             for found in self.capture.sums.values():
                 self._note_bad(found)
@@ -168,6 +183,13 @@ class Statistics:
             self._factors[key].average(sums[key], counts[key], bad, decay)
             sums[key].forget()
         self.capture.close()
+
+    def close(self) -> None:
+        """Take the hooks off the model and end the process group of the exchange."""
+        self.capture.remove()
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
 
 
 def send_factorizations(

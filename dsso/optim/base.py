@@ -79,8 +79,9 @@ class GradientMethod(ABC):
             gradients: flattened, averaged gradients of the parameters that this rank works on, by name.
 
         Returns:
-            The updates, flattened, by the same names; and the number of blocks that have a gradient but no usable
-            preconditioner yet, a scalar tensor.
+            The updates, flattened, by the same names; and three figures, [3], that are summed over ranks with the
+            step's norms: blocks that have a gradient but no usable preconditioner yet, refreshes that failed in this
+            step, and blocks without a usable preconditioner.
         """
 
     @abstractmethod

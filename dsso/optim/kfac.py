@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -294,25 +295,31 @@ class Method(GradientMethod):
     def precondition(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """U = G^-1 M A^-1 for the layers that this rank applies; zero for a layer without usable factors."""
         updates: dict[str, Tensor] = {}
-        waiting = self._like.clone()
         for pairs in self._groups:
-            found, waits = precondition(pairs, gradients)
-            updates |= found
-            for pair, waits_for_pair in zip(pairs, waits, strict=True):
-                if self.owners[pair.layer.weight] == self.rank:
-                    waiting += waits_for_pair
-        return updates, waiting
+            updates |= precondition(pairs, gradients)
+        return updates, self._figures(gradients)
+
+    def _figures(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Of the layers that this rank is the first owner of: how many wait, failed, and have no usable pair."""
+        counted = [pair for pair in self._pairs if self.owners[pair.layer.weight] == self.rank]
+        waiting = missing = self._like
+        if counted:
+            lacks = ~torch.stack([pair.ready() for pair in counted])
+            sizes = torch._foreach_norm(
+                [gradients[name] for pair in counted for name in pair.layer.parameters], torch.inf
+            )
+            ends = list(accumulate(len(pair.layer.parameters) for pair in counted))
+            moved = torch.stack([torch.stack(sizes[i:j]).sum() for i, j in pairwise([0, *ends])]) != 0
+            waiting, missing = (lacks & moved).sum(), lacks.sum()
+        return torch.stack([waiting.to(self._like.dtype), self.refresh.failed, missing.to(self._like.dtype)])
 
     # -- state --------------------------------------------------------------------------------------------------
 
     def health(self) -> dict[str, float]:
-        """Damping, age of the factors, failures and layers that wait for a usable pair (this rank's)."""
-        ready = [pair.ready() for pair in self._pairs]
+        """Damping, and the age of this rank's factors."""
         return {
             "damping": self.refresh.damping,
             "factor_age": float(self.refresh.age(self._steps - 1)),
-            "factor_failures": float(self.refresh.failures),
-            "layers_without_factors": float((~torch.stack(ready)).sum().item()) if ready else 0.0,
         }
 
     def state_bytes(self) -> int:
@@ -368,5 +375,5 @@ class Method(GradientMethod):
 
     def close(self) -> None:
         """Take the hooks off the model."""
-        self.capture.remove()
+        self.statistics.close()
         self.refresh.close()

@@ -10,7 +10,7 @@ disturb. The group is the one that the buckets were made for; two groups of equa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,7 +44,8 @@ class OwnerBuckets:
         like: gives the device.
         dtype: on the wire.
         group: process group; owners are numbered as its ranks are. None: the default group.
-        ahead: buckets under way at a time; the buffers of those before are given back.
+        ahead: buckets under way at a time, where `put` may wait.
+        coming: numbers that will be put for each owner; buffers are not made larger than that. None: not known.
 
     Attributes:
         sent: numbers put on the wire by this rank, for accounting.
@@ -57,6 +58,7 @@ class OwnerBuckets:
         dtype: torch.dtype,
         group: dist.ProcessGroup | None = None,
         ahead: int = 4,
+        coming: Mapping[int, int] | None = None,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"a bucket holds at least one number, got {capacity}")
@@ -65,18 +67,22 @@ class OwnerBuckets:
         self._dtype = dtype
         self._group = group
         self._ahead = ahead
+        self._coming = None if coming is None else dict(coming)
         self._me = dist.get_rank(group)
         self._open: dict[int, _Bucket] = {}
         self._under_way: list[_Bucket] = []
         self._arrivals: list[_Arrival] = []
         self.sent = 0
 
-    def put(self, owners: Sequence[int], values: Tensor) -> None:
+    def put(self, owners: Sequence[int], values: Tensor, wait: bool = True) -> None:
         """Add one vector.
 
         Args:
             owners: ranks that get the sum, each in a bucket of its own.
             values: 1-D; copied, it may be reused at once.
+            wait: for buckets on their way, when there are many. Not within a backward pass: there, a rank that
+                leaves a layer out gets its vectors ready later than others, who must not hold up the collectives
+                of the engine that it has reached by then.
         """
         for owner in owners:
             arrival = _Arrival(values.numel())
@@ -84,25 +90,35 @@ class OwnerBuckets:
             while at < values.numel():
                 bucket = self._open.get(owner)
                 if bucket is None:
-                    empty = self._like.new_zeros(self._capacity, dtype=self._dtype)
-                    bucket = self._open[owner] = _Bucket(owner, empty)
-                take = min(values.numel() - at, self._capacity - bucket.filled)
+                    bucket = self._open[owner] = _Bucket(owner, self._buffer(owner))
+                take = min(values.numel() - at, bucket.data.numel() - bucket.filled)
                 bucket.data.narrow(0, bucket.filled, take).copy_(values.narrow(0, at, take))
                 arrival.pieces.append((bucket, bucket.filled, take))
                 bucket.filled += take
                 at += take
-                if bucket.filled == self._capacity:
-                    self._launch(self._open.pop(owner))
+                if bucket.filled == bucket.data.numel():
+                    self._launch(self._open.pop(owner), wait)
             if owner == self._me:
                 self._arrivals.append(arrival)
 
-    def _launch(self, bucket: _Bucket) -> None:
+    def _buffer(self, owner: int) -> Tensor:
+        length = self._capacity
+        if self._coming is not None:
+            length = min(length, self._coming[owner])
+            self._coming[owner] -= length
+        return self._like.new_zeros(length, dtype=self._dtype)
+
+    def _launch(self, bucket: _Bucket, wait: bool = True) -> None:
         bucket.data = bucket.data.narrow(0, 0, bucket.filled)
         self.sent += bucket.filled
         bucket.handle = dist.reduce(bucket.data, group_dst=bucket.owner, group=self._group, async_op=True)
         self._under_way.append(bucket)
-        while len(self._under_way) > self._ahead:
+        while len(self._under_way) > self._ahead and (wait or self._has_come(self._under_way[0])):
             self._wait(self._under_way.pop(0))
+
+    @staticmethod
+    def _has_come(bucket: _Bucket) -> bool:
+        return bucket.handle is None or bucket.handle.is_completed()
 
     def _wait(self, bucket: _Bucket) -> None:
         if bucket.handle is not None:

@@ -17,6 +17,7 @@ import cases
 import torch
 
 from dsso.engines import launch_environment, start, stop
+from dsso.parallel.collectives import gather_objects
 
 
 def main() -> None:
@@ -30,8 +31,9 @@ def main() -> None:
     for case in chosen:
         begun = time.monotonic()
         found = cases.sharded(case, environment.rank)
+        every = gather_objects(cases.difference(found, wanted[case.reference]) if found else (0.0, ""))
         if environment.rank == 0:
-            worst, where = cases.difference(found, wanted[case.reference])
+            worst, where = max(every)
             if case.dtype == "bfloat16":
                 exact = replace(case, dtype="float32").reference
                 rounding, _ = cases.difference(wanted[case.reference], wanted[exact])

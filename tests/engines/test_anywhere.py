@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -103,11 +104,12 @@ def weights(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Largest difference of an element, over the largest element of its parameter."""
+    """Largest difference of an element, over the largest element of its parameter; infinite where one is not finite."""
     assert one.keys() == other.keys()
-    return max(
+    each = [
         float((one[n].float() - other[n].float()).abs().max() / other[n].float().abs().max()) for n in one
-    )
+    ]
+    return max(value if math.isfinite(value) else math.inf for value in each)
 
 
 @pytest.mark.dist
@@ -139,7 +141,11 @@ def test_it_goes_on_as_the_uninterrupted_run(leg: Leg, folder: Path) -> None:
         assert difference(found, reference) <= 2 * rounding
     # the course matters: without the steps in between the weights are elsewhere
     assert leg.load is not None
-    assert difference(weights(folder, leg.load), straight) > 1e-2
+    before = weights(folder, leg.load)
+    assert (
+        not difference(*({n: w[n] for n in w if n not in ("counts", "mean")} for w in (before, straight)))
+        <= 1e-2
+    )
 
 
 @pytest.mark.slow
@@ -152,6 +158,8 @@ def test_two_then_one_then_four_ranks(folder: Path) -> None:
         assert difference(weights(folder, leg.name), weights(folder, "straight")) <= 1e-5
 
 
+@pytest.mark.dist
+@pytest.mark.timeout(700)
 def test_factors_are_found_by_name_not_by_rank(folder: Path) -> None:
     two = anywhere.build(Leg("one", "single"), 1)
     two.load_checkpoint(folder, "zero3")

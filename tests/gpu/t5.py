@@ -99,6 +99,11 @@ def measure(engine: SingleEngine, device: torch.device, steps: int, seconds: flo
             if time.monotonic() - begun > seconds:
                 break
     peak = torch.cuda.max_memory_allocated() if cuda else 0
+    if len(times) < steps:
+        print(
+            f"cut short after {len(times)} of {steps} steps: the mean is not that of a whole interval",
+            flush=True,
+        )
     return {
         "steps": len(times),
         "median_s": median(times),

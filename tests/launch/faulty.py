@@ -1,9 +1,9 @@
 """`launch/train.py` with something going wrong on one rank at one step: `DSSO_FAULT=kind:rank:step`.
 
 Kinds: `nan` (the loss, from that step on), `die` (SIGKILL), `raise` (an error nobody foresaw), `hang`, `term`
-(SIGTERM), `full` (no room on the disk while that rank writes its part of the checkpoint after `step` steps),
-`stop-refresh` and `die-refresh` (asleep, or killed, between sending its statistics and the end of that step's
-factorizations).
+(SIGTERM), `full` (no room on the disk while that rank writes its part of the checkpoint after `step` steps). And with
+the number of the refresh in the place of the step: `stop-statistics` (asleep before the first bucket of statistics
+leaves), `stop-refresh` and `die-refresh` (asleep, or killed, between its statistics and the end of the factorizations).
 """
 
 from __future__ import annotations
@@ -87,6 +87,32 @@ def break_refresh() -> None:
     Refresh._floor = floor  # type: ignore[method-assign]
 
 
+def break_statistics() -> None:
+    """Stop before the first bucket of a round: the other ranks wait in the process group of the statistics."""
+    from dsso.optim._statistics import Statistics
+
+    whole = Statistics.average
+
+    def average(statistics: Statistics, *arguments: Any) -> None:
+        calls["made"] += 1
+        return whole(statistics, *arguments)
+
+    def measured_badly(statistics: Statistics) -> Any:
+        if int(WHEN) == calls["made"]:
+            time.sleep(300)
+        return send(statistics)
+
+    calls, send = {"made": 0}, Statistics.measured_badly
+    Statistics.average = average  # type: ignore[method-assign]
+    Statistics.measured_badly = measured_badly  # type: ignore[method-assign]
+    Statistics._final = lambda statistics, key: None  # type: ignore[method-assign]
+
+
 if MINE:
-    {"full": fill_disk, "stop-refresh": break_refresh, "die-refresh": break_refresh}.get(KIND, break_loop)()
+    {
+        "full": fill_disk,
+        "stop-statistics": break_statistics,
+        "stop-refresh": break_refresh,
+        "die-refresh": break_refresh,
+    }.get(KIND, break_loop)()
 sys.exit(train.main())

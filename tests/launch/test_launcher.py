@@ -154,10 +154,8 @@ def test_a_bad_recipe_is_told_once_with_status_2(tmp_path: Path, command: Comman
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path: Path, command: Command) -> None:
-    before = time.monotonic()
     done = run(command, write_recipe(tmp_path, PLAIN), tmp_path / "out", fault="die:1:5")
     assert done.returncode != 0
-    assert time.monotonic() - before < 120
     told = done.stdout + done.stderr
     assert "rank 0: another rank has ended, or did not answer within dsso.train.timeout_minutes" in told
     # what was written before is whole
@@ -175,7 +173,7 @@ def test_a_rank_that_hangs_ends_the_others_within_the_time_out(tmp_path: Path, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["die-refresh:1:3", "stop-refresh:1:3"])
+@pytest.mark.parametrize("fault", ["die-refresh:1:3", "stop-refresh:1:3", "stop-statistics:1:3"])
 def test_a_rank_that_stops_in_the_middle_of_a_refresh_ends_the_others(
     fault: str, tmp_path: Path, command: Command
 ) -> None:

@@ -50,6 +50,14 @@ def test_relative_damping_keeps_the_direction_under_rescaling(scale_a: float, sc
     torch.testing.assert_close(v * scale_a * scale_g, u, rtol=1e-7, atol=1e-10)
 
 
+def test_the_damping_of_a_shared_a_does_not_depend_on_which_g_it_is_looked_at_with() -> None:
+    """A G that is zero makes its own layer wait, not the others that read the same inputs."""
+    a = torch.tensor(100.0)
+    alone, other = (kron.split_damping(a, torch.tensor(g), 0.01, "relative") for g in (0.0, 3.0))
+    assert alone.lambda_a == other.lambda_a == pytest.approx(10.0)
+    assert (bool(alone.usable), bool(other.usable)) == (False, True)
+
+
 def test_zero_factor_is_not_usable_and_does_no_harm() -> None:
     zero, one = torch.tensor(0.0), torch.tensor(1.0)
     for split in (

@@ -43,7 +43,8 @@ def round_trip(
 ) -> tuple[OwnerBuckets, list[tuple[tuple[int, ...], int]]]:
     """Put all vectors; the round is not finished."""
     plan = vectors(seed, 12, len(members))
-    buckets = OwnerBuckets(capacity, LIKE, torch.float32, group)
+    coming = {r: sum(size for owners, size in plan if r in owners) for r in range(len(members))}
+    buckets = OwnerBuckets(capacity, LIKE, torch.float32, group, coming=coming if seed % 2 else None)
     for index, (owners, size) in enumerate(plan):
         scratch = content(dist.get_rank(), index, size)
         buckets.put(owners, scratch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +78,9 @@ def large(folder: Path, name: str, peft: bool = True, **params: Any) -> dict[str
 
 @pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.timeout(60)
 def test_large_models_in_seconds(name: str, peft: bool, tmp_path: Path) -> None:
-    begun = time.process_time()
     found = planned(large(tmp_path, name, peft), 8)
-    assert time.process_time() - begun < 30
     billions = (found.parameters - found.trained * peft) / 1e9
     assert billions == pytest.approx(ARCHITECTURES[name][1], rel=0.01)
     assert (found.trained == found.parameters) is (not peft)
