@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsso.diagnostics import jsonable, method_table
-from dsso.plan import Plan, plan, resolve
-from dsso.plan_text import text
+from dsso.plan import Plan, plan, resolve, text
 from dsso.recipe import ResolvedRecipe, load_recipe
 from dsso.recipe_checks import batch_sizes
 from launch import resume as resuming

@@ -85,6 +85,7 @@ class Capture:
         masks: the padding masks of the micro-batch under way.
         on_final: called with a factor's name when the last micro-batch's backward pass is through with it.
         last: the backward pass to come is the window's last.
+        final_in_each_pass: `on_final` is called in every pass, not only in the last.
         terms: loss terms behind the window's G sums; the engine adds each micro-batch's.
     """
 
@@ -109,7 +110,7 @@ class Capture:
         self.sums: dict[str, FactorSum] = {}
         self.masks = TokenMasks(model)
         self.on_final: Callable[[str], None] | None = None
-        self.last = False
+        self.last = self.final_in_each_pass = False
         self._step = 0
         self._expected: Counter[str] = Counter()
         self._shared = {key for key in self.a_keys if self.a_keys.count(key) > 1}
@@ -229,7 +230,8 @@ class Capture:
                 # Uses of all the window's forward passes that no backward pass has reached yet. A forward pass
                 # without a backward pass leaves some over: the factor is then sent at the end of the window.
                 self._expected[key] -= 1
-                if self.last and not self._expected[key] and self.on_final is not None:
+                due = (self.last or self.final_in_each_pass) and not self._expected[key]
+                if due and self.on_final is not None:
                     self.on_final(key)
 
     def _phase(self, given: Tensor, mask: Tensor | None) -> Tensor:

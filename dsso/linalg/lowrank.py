@@ -108,6 +108,28 @@ class Inverse(NamedTuple):
     s: Tensor
 
 
+def leading(form: LowRank, energy: float) -> LowRank:
+    """The same form with the fewest leading columns of its basis that hold a share of the trace; the rest is tail.
+
+    The power iteration sorts the columns by what they hold, so no eigenvalues are needed (which a device could not
+    give without being waited for). Shapes stay as they are: in the core, what is left out becomes a multiple of the
+    identity, the new tail, which is what the form says of all other directions.
+
+    Args:
+        form: of rank K.
+        energy: share of the trace, in (0, 1]; all columns where they hold less.
+    """
+    dim = form.basis_DK.shape[0]
+    held_K = form.core_KK.diagonal()
+    before_K = held_K.cumsum(0) - held_K
+    kept_K = (before_K < energy * form.trace).to(held_K.dtype)
+    count = kept_K.sum()
+    rest = (form.trace - (held_K * kept_K).sum()).clamp_min(0) / (dim - count).clamp_min(1)
+    core_KK = form.core_KK * kept_K * kept_K.unsqueeze(1)
+    core_KK = core_KK + torch.diag((1 - kept_K) * rest)
+    return LowRank(form.basis_DK, core_KK, form.trace)
+
+
 def invert(form: LowRank, scale: Tensor, shift: Tensor) -> tuple[Inverse, Tensor]:
     """Inverse of scale S + shift I, and whether it failed (boolean scalar tensor).
 

@@ -93,9 +93,11 @@ class LowRankBlock:
         rank: of the form.
         like: gives device and dtype.
         seed: of the first basis.
+        energy: share of the trace that the leading columns in use have to hold; None: all are in use.
     """
 
-    def __init__(self, side: int, rank: int, like: Tensor, seed: int) -> None:
+    def __init__(self, side: int, rank: int, like: Tensor, seed: int, energy: float | None = None) -> None:
+        self.energy = energy
         self.basis = lowrank.start_basis(side, rank, seed, like)
         self.core_KK = like.new_zeros(rank, rank)
         self.total = like.new_zeros(())
@@ -131,6 +133,8 @@ class LowRankBlock:
         form = lowrank.LowRank(
             basis_DK.to(dtype), self.core_KK.to(dtype, copy=True), self.total.to(dtype, copy=True)
         )
+        if self.energy is not None:
+            form = lowrank.leading(form, self.energy)
         if jitter:
             shift = shift + jitter * scale * self.total / self.basis.shape[0]
 
@@ -194,6 +198,7 @@ class Factor:
         dims: its description.
         like: gives device and the dtype to compute in.
         storage: dtype of dense blocks.
+        energy: see `LowRankBlock`.
 
     Attributes:
         weight: running count behind the sums, scalar tensor.
@@ -201,11 +206,13 @@ class Factor:
         refreshed_at: step of the last factorization, None before the first.
     """
 
-    def __init__(self, dims: FactorDims, like: Tensor, storage: torch.dtype) -> None:
+    def __init__(
+        self, dims: FactorDims, like: Tensor, storage: torch.dtype, energy: float | None = None
+    ) -> None:
         self.dims = dims
         seed = zlib.crc32(dims.key.encode())
         self.blocks = [
-            LowRankBlock(d, dims.kept_rank(d), like, seed + i)
+            LowRankBlock(d, dims.kept_rank(d), like, seed + i, energy)
             if dims.kept_rank(d)
             else DenseBlock(d, like, storage)
             for i, d in enumerate(dims.blocks)

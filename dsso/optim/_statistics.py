@@ -29,6 +29,7 @@ class Statistics:
         bucket_elements: numbers in a bucket on the wire.
         wire: dtype on the wire.
         overlap: send a factor as soon as the backward pass is through with it.
+        each_pass: send after every backward pass of a window; else once, after the last.
 
     Attributes:
         sent: numbers that this rank has put on the wire for statistics so far, counts and bases not included.
@@ -44,6 +45,7 @@ class Statistics:
         bucket_elements: int,
         wire: torch.dtype,
         overlap: bool,
+        each_pass: bool = False,
     ) -> None:
         self.capture = capture
         self._placement = placement
@@ -55,6 +57,9 @@ class Statistics:
         self._distributed = collectives.is_distributed()
         self._group = dist.new_group() if self._distributed else None
         self._buckets: OwnerBuckets | None = None
+        self._each_pass = each_pass and self._distributed
+        # What has come of earlier passes of the window, by factor.
+        self._arrived: dict[str, Tensor] = {}
         # The backward pass reaches the last layer first.
         self._order = list(reversed(placement.factors))
         self._queue: list[str] = []
@@ -63,17 +68,17 @@ class Statistics:
         self.sent = 0
         if overlap and self._distributed:
             capture.on_final = self._final
+            capture.final_in_each_pass = self._each_pass
 
     def open(self, keys: Collection[str], step: int) -> None:
         """Measure these factors in the window to come; collective where one of them is of low rank."""
         if self._distributed and self.capture.active:
             # The engine has dropped the step of the window before, on all ranks, and some sums are on their way: how
             # many, may differ. The exchange is brought to its end, and what comes is thrown away.
-            self._send_rest()
-            assert self._buckets is not None
-            self._buckets.finish()
+            self._receive()
         self._queue = [key for key in self._order if key in keys]
         self._ready.clear()
+        self._arrived.clear()
         self._buckets = None
         self._bad = None
         if not self._queue:
@@ -133,6 +138,28 @@ class Statistics:
         self._buckets.put(self._placement.factor_owners[key], wire, wait)
         found.forget()
 
+    def next_pass(self) -> None:
+        """Another micro-batch of the window begins its backward pass: what those before gave goes to the owners."""
+        if self._each_pass and self.capture.active:
+            self._receive()
+            self._buckets = None
+            self._queue = [key for key in self._order if key in self.capture.sums]
+            self._ready.clear()
+
+    def _receive(self) -> None:
+        """Bring the exchange to its end; what has come is added to what came before."""
+        self._send_rest()
+        assert self._buckets is not None
+        mine = [
+            key
+            for key in self._order
+            if key in self.capture.sums and self._rank in self._placement.factor_owners[key]
+        ]
+        for key, wire in zip(mine, self._buckets.finish(), strict=True):
+            before = self._arrived.get(key)
+            self._arrived[key] = wire if before is None else before.add_(wire)
+        self.sent += self._buckets.sent
+
     def _send_rest(self) -> None:
         while self._queue:
             self._send(self._queue.pop(0))
@@ -170,16 +197,14 @@ class Statistics:
             key: counted[i] if key in inputs else torch.where(counted[i] > 0, counted[-1], counted[i])
             for i, key in enumerate(order)
         }
-        mine, arrived = order, {}
+        mine = order
         if self._distributed:
-            assert self._buckets is not None
-            mine = [key for key in order if self._rank in self._placement.factor_owners[key]]
-            arrived = dict(zip(mine, self._buckets.finish(), strict=True))
-            self.sent += self._buckets.sent
+            self._receive()
+            mine = list(self._arrived)
         for key in mine:
             # Unpacked one at a time: a matrix is twice its triangle.
-            if key in arrived:
-                sums[key].unpack(arrived.pop(key), sums[key].count)
+            if key in self._arrived:
+                sums[key].unpack(self._arrived.pop(key), sums[key].count)
             self._factors[key].average(sums[key], counts[key], bad, decay)
             sums[key].forget()
         self.capture.close()

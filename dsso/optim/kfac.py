@@ -24,7 +24,7 @@ from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dsso.clip import ClipMode
@@ -102,6 +102,8 @@ class Config(StrictModel):
     """Measure every k-th token of a sequence only (`expand`); 1: all."""
     low_rank: int | None = Field(default=None, ge=1)
     """Keep sides above `low_rank_above` as so many leading eigenpairs and a mean tail; null: all dense."""
+    low_rank_energy: float | None = Field(default=None, gt=0, le=1)
+    """With `low_rank`: use the fewest leading ones of them that hold this share of the trace; null: all."""
     low_rank_above: int = Field(default=256, ge=1)
     """With `low_rank`: sides up to this stay dense."""
     block_side: int | None = Field(default=8192, ge=1)
@@ -124,10 +126,18 @@ class Config(StrictModel):
     """Type of statistics on the wire; counts are always exact."""
     overlap: bool = True
     """Send a factor's statistics as soon as the backward pass is through with it."""
+    accumulate: Literal["rank", "owner"] = "rank"
+    """Sums of a window of several micro-batches: on every rank up to the last pass, or sent to owners after each."""
     exclude: list[str] = Field(default_factory=list)
     """Regular expressions on module paths: these layers go to the base method."""
     base: BaseConfig = BaseConfig()
     """The base method."""
+
+    @model_validator(mode="after")
+    def _energy_of_something(self) -> Config:
+        if self.low_rank_energy is not None and self.low_rank is None:
+            raise ValueError("low_rank_energy chooses among the pairs of low_rank, which is not set")
+        return self
 
 
 class Method(GradientMethod):
@@ -179,7 +189,7 @@ class Method(GradientMethod):
         self._like = torch.zeros((), dtype=dtype, device=device)
         narrow = config.storage == "bfloat16"
         self.factors = {
-            f.key: Factor(f, self._like, torch.bfloat16 if narrow else dtype)
+            f.key: Factor(f, self._like, torch.bfloat16 if narrow else dtype, config.low_rank_energy)
             for f in self.placement.held_by(rank)
         }
         a_keys = [one.a.key for one in dims]
@@ -198,6 +208,7 @@ class Method(GradientMethod):
             max(1, int(config.bucket_mb * 1e6 / (2 if config.wire_dtype == "bfloat16" else 4))),
             torch.bfloat16 if config.wire_dtype == "bfloat16" else dtype,
             config.overlap and config.fisher != "sampled",
+            config.accumulate == "owner",
         )
         pairs = list(zip(a_keys, g_keys, strict=True))
         self.refresh = Refresh(
@@ -215,7 +226,7 @@ class Method(GradientMethod):
         every = self.placement.factors
         self._measured = Stagger({k: f.measure_cost(1024) for k, f in every.items()}, config.stagger)
         self._factorized = Stagger({k: f.refresh_cost for k, f in every.items()}, config.stagger)
-        self._steps = 0
+        self._steps = self._passes = 0
         self._retry = False
         self._started = False
         self._loaded: Mapping[str, Tensor] = {}
@@ -247,6 +258,7 @@ class Method(GradientMethod):
     def begin_window(self, step: int, retry: bool) -> None:
         """Decide what the window's passes measure: all factors at first and after a loss, else those that are due."""
         self._retry = retry or not self._started
+        self._passes = 0
         every = list(self.placement.factors)
         self.statistics.open(
             every if self._retry else self._measured.due(self.config.factor_interval, step), step
@@ -254,6 +266,11 @@ class Method(GradientMethod):
 
     def before_backward(self, scale: float | Tensor, terms: float | Tensor, last: bool = False) -> None:
         """Set the scale of the output gradients to come and count the loss terms behind them."""
+        # A pass on sampled labels belongs to the micro-batch before it.
+        if self.capture.take_a:
+            if self._passes:
+                self.statistics.next_pass()
+            self._passes += 1
         self.capture.scale = scale
         self.capture.last = last
         if self.capture.active:

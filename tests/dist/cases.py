@@ -32,7 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-full": ("tiny-llama", {"type": "none"}),
     "bert-adapter": ("tiny-bert", {"type": "adapter", "bottleneck": 8}),
 }
-SHAPING = ("low_rank", "low_rank_above", "block_side", "token_stride", "async_delay", "stagger")
+SHAPING = ("low_rank", "low_rank_above", "low_rank_energy", "block_side", "token_stride", "async_delay", "stagger")
 """Settings that the step itself depends on."""
 CHECKPOINTING = ("none", "reentrant", "non_reentrant")
 
@@ -42,9 +42,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Buckets that cut every factor, one number at a time in the worst place.
     "odd-buckets": {"bucket_mb": 37 * 4e-6, "overlap": True},
     "no-overlap": {"overlap": False, "bucket_mb": 0.003},
+    "at-owners": {"accumulate": "owner", "bucket_mb": 0.002},
     "at-once": {"stagger": False},
     "not-shared": {"share_inputs": "off", "stagger": False},
     "low-rank": {"low_rank": 8, "low_rank_above": 16},
+    "energy": {"low_rank": 8, "low_rank_above": 16, "low_rank_energy": 0.8},
     "blocks": {"block_side": 23},
     "stride": {"token_stride": 3},
     "delayed": {"async_delay": 2},

@@ -81,6 +81,30 @@ def test_the_inverse_is_that_of_the_dense_form() -> None:
     torch.testing.assert_close(lowrank.solve(form.basis_DK, inverse, v_DR), wanted)
 
 
+@pytest.mark.parametrize(("energy", "kept"), [(0.5, 1), (0.9, 2), (0.99, 3), (1.0, 6)])
+def test_the_leading_columns_hold_the_energy_asked_for(energy: float, kept: int) -> None:
+    """Eigenvalues 100, 30, 10 and nine of 0.1; the form then is the truth up to how far the iteration has come."""
+    values = torch.tensor([100.0, 30.0, 10.0] + [0.1] * 9, dtype=D)
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(12, 12, dtype=D, generator=generator))[0]
+    truth_DD = turn * values @ turn.mT
+    form = _empty(12, 6)
+    for _ in range(40):
+        form = _feed(form, (turn * values.sqrt()).mT, 0.5)
+    form = lowrank.LowRank(form.basis_DK, form.core_KK / 2, form.trace / 2)  # the sum of 1, 1/2, 1/4 ...
+    torch.testing.assert_close(_dense(form), truth_DD, atol=0.2, rtol=0)
+    found = lowrank.leading(form, energy)
+    rest = values[kept:].sum() / (12 - kept)
+    wanted_DD = turn[:, :kept] * (values[:kept] - rest) @ turn[:, :kept].mT + rest * torch.eye(12, dtype=D)
+    torch.testing.assert_close(_dense(found), wanted_DD, atol=1e-6 if kept < 6 else 0.2, rtol=0)
+    torch.testing.assert_close(_dense(found).trace(), values.sum())
+    torch.testing.assert_close(lowrank.tail(found), rest, atol=1e-6, rtol=1e-6)
+    one = torch.ones((), dtype=D)
+    inverse, failed = lowrank.invert(found, one, one)
+    assert not failed
+    assert int((inverse.k_KK.abs().sum(0) > 1e-6).sum()) == min(kept, 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [0, 1, 3])
 def test_less_data_than_rank_and_none_at_all(dtype: torch.dtype, rows: int) -> None:

@@ -79,6 +79,10 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     ),
     "zero-2 fp32 blocks": recipe("zero-2", params=BLOCKS),
     "zero-2 bf16 accumulated": recipe("zero-2", "bf16", gas=2),
+    "zero-2 fp32 lora accumulated at the owners": recipe(
+        "zero-2", model="tiny-t5", peft=LORA, gas=2, params={"accumulate": "owner", "bucket_mb": 0.01}
+    ),
+    "ddp fp32 narrow on the wire": recipe("ddp", params={"wire_dtype": "bfloat16"}),
     "zero-2 bf16 summed in fp32, adapters": recipe("zero-2", "bf16", "tiny-bert", ADAPTER, **FP32),
     "zero-3 bf16 low rank": recipe("zero-3", "bf16", params=LOW),
     "zero-3 fp32 on every rank": recipe("zero-3", params={"strategy": "communication_optimal"}),

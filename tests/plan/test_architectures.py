@@ -14,7 +14,7 @@ from dsso import tasks
 from dsso.curvature import sharing
 from dsso.curvature.layers import split_parameters
 from dsso.plan import Plan
-from dsso.plan_model import survey
+from dsso.plan.model import survey
 from dsso.recipe import load_recipe
 from tests.plan.cases import on_meta, planned, recipe
 

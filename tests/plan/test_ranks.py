@@ -11,9 +11,9 @@ from dsso import tasks
 from dsso.optim.kfac import Config, Method
 from dsso.parallel.fragments import FragmentExchange, Span, SpanTable
 from dsso.plan import resolve
-from dsso.plan_kfac import KfacPlan
-from dsso.plan_layout import layout
-from dsso.plan_model import Survey, survey
+from dsso.plan.factors import KfacPlan
+from dsso.plan.layout import layout
+from dsso.plan.model import Survey, survey
 from dsso.recipe import ResolvedRecipe, load_recipe
 from tests.plan.cases import ADAPTER, BLOCKS, LORA, LOW, on_meta, planned, recipe
 

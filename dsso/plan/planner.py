@@ -1,23 +1,9 @@
-"""What a run will need before it starts: memory of every rank, bytes on the wire, operations, and what fits.
-
-In a program::
-
-    with torch.device("meta"):
-        model = AutoModelForSeq2SeqLM.from_config(config)
-    found = plan(model, load_recipe("recipe.json"), world_size=8, gpu_gb=80)
-    print(text(found))
-
-Everything follows from shapes: a model on the meta device does, and no process group is needed. Counted are weights,
-gradients, optimizer state, factors, statistics, and the buffers that dsso and the engine make. **Activations are not
-counted**, nor are temporary results inside single operations, the allocator's gaps and the context of the device
-(about half a gigabyte on a GPU): what is left beside the peak has to hold them.
-"""
+"""From a model, a recipe and a number of ranks to a plan."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, get_args
 
 from torch import nn
@@ -25,200 +11,16 @@ from torch import nn
 from dsso.errors import RecipeError
 from dsso.optim.kfac import Config
 from dsso.parallel.placement import Strategy
-from dsso.plan_kfac import KfacPlan, Window
-from dsso.plan_layout import layout, traffic
-from dsso.plan_model import Survey, survey
+from dsso.plan.factors import KfacPlan, Window
+from dsso.plan.layout import layout, traffic
+from dsso.plan.model import Survey, survey
+from dsso.plan.remedies import alternatives
+from dsso.plan.report import Operations, Plan, RankBytes, Remedy, StrategyRow, Wire
 from dsso.recipe import Recipe, ResolvedRecipe, load_recipe
 
 STRATEGIES: tuple[Strategy, ...] = ("communication_optimal", "hybrid_optimal", "memory_optimal")
 """From the least traffic to the least memory."""
-
-
-@dataclass(frozen=True)
-class RankBytes:
-    """Memory of one rank in bytes.
-
-    Attributes:
-        weights: of the model, frozen ones and buffers included.
-        masters: fp32 copies of trained weights, where the optimizer steps copies.
-        moments: of the optimizer.
-        factors: Kronecker factors with their factorizations.
-        gradients: as the optimizer finds them when it steps.
-        gradients_in_pass: most at the end of a micro-batch's backward pass.
-        buckets: what the engine has only while a pass runs, at most.
-        lasting: those of them that stay during the step.
-        sums: of a window that measures all factors, most at one time.
-        statistics: these sums and their buffers.
-        statistics_later: of the largest window once measurements are spread.
-        refresh: factorizations being made or waiting to be taken over, when all are due in one step.
-        refresh_later: once they are spread.
-        exchange: buffers for whole gradients and updates, at most.
-        in_pass: everything at the end of the backward pass.
-        in_step: everything in the optimizer's step.
-    """
-
-    weights: int
-    masters: int
-    moments: int
-    factors: int
-    gradients: int
-    gradients_in_pass: int
-    buckets: int
-    lasting: int
-    sums: int
-    statistics: int
-    statistics_later: int
-    refresh: int
-    refresh_later: int
-    exchange: int
-    in_pass: int
-    in_step: int
-
-    @property
-    def optimizer(self) -> int:
-        """Masters and moments."""
-        return self.masters + self.moments
-
-    @property
-    def peak(self) -> int:
-        """Most at one time, activations not counted."""
-        return max(self.in_pass, self.in_step)
-
-
-@dataclass(frozen=True)
-class Wire:
-    """Bytes on the wire.
-
-    Attributes:
-        gradients: a rank hands to the engine's reductions, per step.
-        weights: a rank hands to the engine's gathering, per step.
-        exchange: the busiest rank sends to others, per step: gradients to who preconditions them, updates back.
-        statistics: a rank hands to the reductions to owners, per measurement of all factors.
-        bases: broadcast, per measurement of all factors: what low-rank forms are measured against.
-        factorizations: the busiest rank sends to other appliers, per factorization of all factors.
-        per_step: all of it, averaged over the schedule's last intervals.
-    """
-
-    gradients: int = 0
-    weights: int = 0
-    exchange: int = 0
-    statistics: int = 0
-    bases: int = 0
-    factorizations: int = 0
-    per_step: int = 0
-
-
-@dataclass(frozen=True)
-class Operations:
-    """Floating-point operations of the busiest rank; products with weights only, attention scores not counted.
-
-    Attributes:
-        training: forward and backward passes of a step, at full length.
-        apply: preconditioning, per step.
-        measure: one measurement of all factors.
-        refresh: one factorization of all factors.
-        share: all that K-FAC adds to `training`, averaged over the schedule's last intervals.
-    """
-
-    training: float = 0.0
-    apply: float = 0.0
-    measure: float = 0.0
-    refresh: float = 0.0
-    share: float = 0.0
-
-
-@dataclass(frozen=True)
-class StrategyRow:
-    """One strategy of placement: who applies a layer's factors."""
-
-    name: str
-    factors: int
-    peak: int
-    wire_per_step: int
-    fits: bool | None
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """A change of the recipe that was planned.
-
-    Attributes:
-        change: in words.
-        overrides: for `--set`.
-        world_size: number of ranks.
-        peak: most bytes of a rank.
-        fits: into the memory asked for.
-    """
-
-    change: str
-    overrides: tuple[str, ...]
-    world_size: int
-    peak: int
-    fits: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run needs.
-
-    Attributes:
-        engine: `single`, `ddp`, `fsdp2`, or `zero-0` to `zero-3`.
-        world_size: number of ranks.
-        dtype: of the weights in the passes.
-        optimizer: `optimizer.type`.
-        strategy: of the placement; empty for a baseline.
-        parameters, trained: elements.
-        factors: number of Kronecker factors.
-        largest_unit: bytes of the layers that cannot be placed apart, at most.
-        shared: layers that use the input factor of another layer.
-        ranks: memory of every rank.
-        sent_in_pass: statistics leave while the backward pass runs, so that few sums are there at one time.
-        all_until: first step from which on a step measures a part of the factors; None: never.
-        wire: bytes on the wire.
-        operations: of the busiest rank.
-        gpu_bytes: memory asked for, None where none was.
-        strategies: what each strategy needs.
-        remedies: what was tried where it does not fit, up to the first that does.
-        rows: `parameter, shape, method, owner, reason` of every trained parameter.
-        notes: what the user should know.
-    """
-
-    engine: str
-    world_size: int
-    dtype: str
-    optimizer: str
-    strategy: str
-    parameters: int
-    trained: int
-    factors: int
-    largest_unit: int
-    shared: int
-    ranks: tuple[RankBytes, ...]
-    sent_in_pass: bool
-    all_until: int | None
-    wire: Wire
-    operations: Operations
-    gpu_bytes: int | None = None
-    strategies: tuple[StrategyRow, ...] = ()
-    remedies: tuple[Remedy, ...] = ()
-    rows: tuple[dict[str, Any], ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def worst(self) -> RankBytes:
-        """The rank with the largest peak."""
-        return max(self.ranks, key=lambda rank: rank.peak)
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether every rank's peak is within the memory asked for; None where none was."""
-        return None if self.gpu_bytes is None else self.worst.peak <= self.gpu_bytes
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as JSON, with what follows from it."""
-        out = dataclasses.asdict(self)
-        out["peak"], out["fits"] = self.worst.peak, self.fits
-        return out
+assert set(STRATEGIES) == set(get_args(Strategy))
 
 
 def plan(
@@ -428,7 +230,7 @@ def _operations(seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | None) -
 
 def _remedies(seen: Survey, recipe: Recipe, found: Plan, engine: str | None) -> Iterator[Remedy]:
     """Plan the alternatives one after the other, up to the first that fits."""
-    for change, overrides, world in _alternatives(recipe, found):
+    for change, overrides, world in alternatives(recipe, found):
         try:
             changed = load_recipe(recipe.raw, overrides)
             other = engine if world == found.world_size else None
@@ -438,46 +240,3 @@ def _remedies(seen: Survey, recipe: Recipe, found: Plan, engine: str | None) -> 
         yield Remedy(change, overrides, world, planned.worst.peak, bool(planned.fits))
         if planned.fits:
             return
-
-
-def _alternatives(recipe: Recipe, found: Plan) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """Changes in words, as overrides, and the number of ranks; what leaves the step as it is comes first."""
-    world = found.world_size
-    same: list[tuple[str, str]] = []
-    config = recipe.optimizer_config
-    method = isinstance(config, Config)
-    if isinstance(config, Config) and config.strategy != "memory_optimal":
-        same.append(("memory-optimal placement", "optimizer.params.strategy=memory_optimal"))
-    if found.engine == "ddp":
-        same.append(("FSDP2", "dsso.engine=fsdp2"))
-    if found.engine.startswith("zero-"):
-        stages = range(recipe.zero_stage + 1, 4)
-        same += [(f"ZeRO stage {stage}", f"zero_optimization.stage={stage}") for stage in stages]
-    smaller: list[tuple[str, str]] = []
-    if isinstance(config, Config):
-        if config.storage != "bfloat16":
-            smaller.append(("factors in bfloat16", "optimizer.params.storage=bfloat16"))
-        sides = [s for s in (4096, 2048, 1024, 512) if config.block_side is None or s < config.block_side]
-        smaller += [(f"blocks of {side}", f"optimizer.params.block_side={side}") for side in sides]
-        kept = [k for k in (64, 32) if config.low_rank is None or k < config.low_rank]
-        smaller += [(f"low rank {rank}", f"optimizer.params.low_rank={rank}") for rank in kept]
-    for change, override in same:
-        yield change, (override,), world
-    for change, override in smaller:
-        yield change, (override,), world
-    for change, override in same[-1:]:
-        for other, second in smaller:
-            yield f"{change} and {other}", (override, second), world
-    for times in (2, 4, 8):
-        yield f"{times * world} ranks", (), times * world
-        for change, override in same[-1:]:
-            yield f"{times * world} ranks and {change}", (override,), times * world
-            if method:
-                yield (
-                    f"{times * world} ranks, {change} and low rank 32",
-                    (override, "optimizer.params.low_rank=32"),
-                    times * world,
-                )
-
-
-assert set(STRATEGIES) == set(get_args(Strategy))

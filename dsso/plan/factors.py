@@ -10,7 +10,7 @@ from dsso.optim._kfac_layout import factor_dims
 from dsso.optim._refresh import Stagger
 from dsso.optim.kfac import Config
 from dsso.parallel.placement import FactorDims, LayerDims, Placement, Strategy, assign
-from dsso.plan_model import Survey
+from dsso.plan.model import Survey
 from dsso.schedule import Interval
 
 _AHEAD = 4
@@ -74,8 +74,10 @@ class KfacPlan:
         self.survey = survey
         self.config = config
         self.world_size = world_size
-        # Only a window's last pass can send sums: with several, those of all factors are there when it begins.
-        self.sent_in_pass = config.overlap and config.fisher != "sampled" and world_size > 1 and gas == 1
+        # Sums kept over a window of several passes are all there when the last one, which sends them, begins.
+        self.rounds = gas if config.accumulate == "owner" else 1
+        within = gas == self.rounds
+        self.sent_in_pass = config.overlap and config.fisher != "sampled" and world_size > 1 and within
         measured = config.fisher != "forward_only"
         dims = [
             LayerDims(
@@ -126,7 +128,13 @@ class KfacPlan:
             largest = max(every[key].wire_elements for key in measured)
             capacity = max(1, int(self.config.bucket_mb * 1e6 / item))
             open_ = min((self.world_size + _AHEAD) * capacity, sum(every[k].wire_elements for k in measured))
-            buffers = item * (arriving + open_) + 4 * (largest + sum(_basis(every[key]) for key in measured))
+            # What earlier passes have brought waits beside what comes.
+            waiting = 4 * arriving if self.rounds > 1 else 0
+            buffers = (
+                waiting
+                + item * (arriving + open_)
+                + 4 * (largest + sum(_basis(every[key]) for key in measured))
+            )
             # The buckets that came, the vectors put together from them, and one as a matrix.
             arrived = (item + 4) * arriving + max(
                 (_sum_bytes(every[key]) for key in owned & set(measured)), default=0
@@ -202,7 +210,8 @@ class KfacPlan:
             return 0
         item = 2 if self.config.wire_dtype == "bfloat16" else 4
         owners = self.placement.factor_owners
-        return sum(item * f.wire_elements * len(owners[key]) for key, f in self.placement.factors.items())
+        once = sum(item * f.wire_elements * len(owners[key]) for key, f in self.placement.factors.items())
+        return self.rounds * once
 
     @property
     def bases_wire(self) -> int:

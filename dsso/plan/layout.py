@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsso.plan_model import Survey, Weight
+from dsso.plan.model import Survey, Weight
 from dsso.recipe import ResolvedRecipe
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dsso.plan import Plan
+from dsso.plan.report import Plan
 
 _NAMES = {"single": "one device", "ddp": "DDP", "fsdp2": "FSDP2"}
 
