@@ -85,6 +85,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self.dry_run = False
         self._buffers: list[Tensor] = []
         self._pieces: list[_Piece] = []
+        self._by_rule: dict[Rule, list[_Piece]] = {}
         self._rest: list[Span] = []
         self._rest_weight = 1.0
         self._exchange: FragmentExchange | None = None
@@ -125,6 +126,9 @@ class PartitionOptimizer(torch.optim.Optimizer):
         replicated = all(sum(s.numel for s in spans_) == sum(sizes.values()) for spans_ in table.ranks)
         self._rest_weight = 1.0 / world if replicated else 1.0
         self._pieces = self._merge(table.ranks[me])
+        self._by_rule = {}
+        for piece in self._pieces:
+            self._by_rule.setdefault(piece.rule, []).append(piece)
         device = self._buffers[0].device
         self._scale = torch.ones((), device=device)
         self._clip_events = torch.zeros((), device=device)
@@ -275,10 +279,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         """Base rules on all pieces, rule by rule."""
         assert self._norms is not None
         bad = self._norms.bad
-        by_rule: dict[Rule, list[_Piece]] = {}
-        for piece in self._pieces:
-            by_rule.setdefault(piece.rule, []).append(piece)
-        for rule, pieces in by_rule.items():
+        for rule, pieces in self._by_rule.items():
             parameters = [self._view(self._buffers[p.buffer].detach(), p) for p in pieces]
             updates = [self._view(gradients[p.buffer], p) for p in pieces]
             states = [self.state[self._buffers[p.buffer]] for p in pieces]

@@ -62,17 +62,22 @@ def apply_sgd(
         bad: boolean scalar tensor.
     """
     keep = (~bad).to(parameters[0].dtype)
-    for p, u, m in zip(parameters, updates, momenta, strict=True):
+    kept = [keep] * len(parameters)
+    for u in updates:
         # NaN times zero is NaN: a dropped update has to be replaced, not multiplied.
         u.masked_fill_(bad, 0.0)
-        if rule.coupled and rule.weight_decay:
-            u.addcmul_(p, keep, value=rule.weight_decay)
-        if rule.momentum:
-            m.mul_(torch.where(bad, 1.0, rule.momentum)).add_(u)
-            u = u.add(m, alpha=rule.momentum) if rule.nesterov else m  # noqa: PLW2901
-        if rule.weight_decay and not rule.coupled:
-            p.mul_(1.0 - keep * (lr * rule.weight_decay))
-        p.addcmul_(u, keep, value=-lr)
+    if rule.coupled and rule.weight_decay:
+        torch._foreach_addcmul_(updates, parameters, kept, value=rule.weight_decay)
+    if rule.momentum:
+        torch._foreach_mul_(momenta, torch.where(bad, 1.0, rule.momentum).to(keep.dtype))
+        torch._foreach_add_(momenta, updates)
+        if rule.nesterov:
+            torch._foreach_add_(updates, momenta, alpha=rule.momentum)
+        else:
+            updates = momenta
+    if rule.weight_decay and not rule.coupled:
+        torch._foreach_mul_(parameters, 1.0 - keep * (lr * rule.weight_decay))
+    torch._foreach_addcmul_(parameters, updates, kept, value=-lr)
 
 
 def apply_adamw(

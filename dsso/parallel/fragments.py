@@ -156,6 +156,9 @@ class FragmentExchange:
             ]
             for holder in range(world)
         ]
+        # One rank that holds every parameter in one piece has nothing to move.
+        pieces = [c for row in self._received for c in row]
+        self._own = pieces if world == 1 and all(c.numel == self.sizes[c.name] for c in pieces) else None
 
     @staticmethod
     def _copy(span: Span) -> _Copy:
@@ -168,8 +171,10 @@ class FragmentExchange:
             buffers: this rank's flat buffers (gradients, say), all of one dtype and device.
 
         Returns:
-            Name to 1-D tensor; the tensors are views of one buffer.
+            Name to 1-D tensor; the tensors are views of one buffer, or of `buffers` where nothing had to be moved.
         """
+        if self._own is not None:
+            return {c.name: buffers[c.buffer].narrow(0, c.offset, c.numel) for c in self._own}
         send = _join(
             [buffers[c.buffer].narrow(0, c.offset, c.numel) for row in self._sent for c in row], buffers
         )
@@ -194,6 +199,10 @@ class FragmentExchange:
             values: name to flattened tensor, for every parameter that this rank owns.
             buffers: this rank's flat buffers; every replica of a piece is written.
         """
+        if self._own is not None:
+            into = [buffers[c.buffer].narrow(0, c.offset, c.numel) for c in self._own]
+            torch._foreach_copy_(into, [values[c.name] for c in self._own])
+            return
         send = _join(
             [values[c.name].narrow(0, c.start, c.numel) for row in self._answered for c in row], buffers
         )

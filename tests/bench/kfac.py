@@ -38,7 +38,7 @@ ONCE = [[0, 1], [2, None]]
 """On the first two steps only."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "exact": {},
-    "subsampled": {"token_stride": 4},
+    "subsampled": {"token_stride": 8},
     "low_rank": {"low_rank": 32, "low_rank_above": 256},
 }
 QUOTED = {

@@ -25,7 +25,7 @@ ROOT = HERE.parents[1]
 STEPS, LAST = 200, 50
 VARIANTS: dict[str, list[str]] = {
     "exact": [],
-    "subsampled": ["optimizer.params.token_stride=4"],
+    "subsampled": ["optimizer.params.token_stride=8"],
     "low_rank": ["optimizer.params.low_rank=32", "optimizer.params.low_rank_above=256"],
 }
 
