@@ -9,40 +9,24 @@ gradient). What is given up is the overlap with the last backward pass; the mess
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsso.engines.single import SingleEngine
-from dsso.optim._partition import PartitionOptimizer
 from dsso.parallel.averaging import average, same_everywhere
 
 
 class DDPEngine(SingleEngine):
     """One replica of the model on each rank; the method's state is shared out among them.
 
-    Args:
-        module: the model, on its device already; rank 0's weights are given to all.
-        optimizer: carries the method; it is attached here.
-        device: of this rank.
-        gradient_accumulation_steps, micro_batch_size: of the recipe.
-        scheduler: learning-rate scheduler on the optimizer, or None.
+    Its arguments are those of `SingleEngine`; rank 0's weights are given to all.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: PartitionOptimizer,
-        device: torch.device,
-        gradient_accumulation_steps: int,
-        micro_batch_size: int,
-        scheduler: Any = None,
-    ) -> None:
-        same_everywhere(p.detach() for p in chain(module.parameters(), module.buffers()))
-        super().__init__(module, optimizer, device, gradient_accumulation_steps, micro_batch_size, scheduler)
+    def _agree(self) -> None:
+        same_everywhere(p.detach() for p in chain(self.module.parameters(), self.module.buffers()))
 
-    def _complete_gradients(self) -> None:
+    def _bring_gradients(self) -> None:
         """Average over ranks; a parameter that this rank's loss did not reach counts as zero."""
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for master in self._masters.values():

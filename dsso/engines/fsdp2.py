@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from dsso.engines.base import EngineBase
 from dsso.engines.units import blocks, reduce_unused
+from dsso.engines.window import WindowEngine
 from dsso.errors import RecipeError, RunError
 from dsso.optim._partition import PartitionOptimizer
 from dsso.parallel import collectives
@@ -29,7 +29,7 @@ from dsso.parallel.averaging import same_everywhere
 from dsso.parallel.fragments import Span
 
 
-class FSDP2Engine(EngineBase):
+class FSDP2Engine(WindowEngine):
     """Shards a model over all ranks.
 
     Args:
@@ -55,9 +55,7 @@ class FSDP2Engine(EngineBase):
         scheduler: Any = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(module, optimizer, device, gradient_accumulation_steps, micro_batch_size)
-        self.scheduler = scheduler
-        self._micro = 0
+        super().__init__(module, optimizer, device, gradient_accumulation_steps, micro_batch_size, scheduler)
         self._dtype = dtype
         sizes = {n: p.numel() for n, p in module.named_parameters() if p.requires_grad}
         _check(module, dtype)
@@ -158,22 +156,8 @@ class FSDP2Engine(EngineBase):
 
     # -- passes -------------------------------------------------------------------------------------------------
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward pass; the weights are gathered unit by unit."""
-        self._before_forward()
-        return self.module(*args, **kwargs)
-
-    def is_gradient_accumulation_boundary(self) -> bool:
-        """True when the next `step()` updates the parameters."""
-        return self._micro >= self.gradient_accumulation_steps
-
-    def backward(self, loss: Tensor, terms: float | Tensor | None = None) -> None:
-        """Backward pass of one micro-batch; its gradient enters the window with weight 1/steps."""
-        self._before_backward(terms)
-        last = self._micro + 1 >= self.gradient_accumulation_steps
+    def _begin_pass(self, last: bool) -> None:
         self._reduce_gradients(last or not self._hold)
-        (loss / self.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
-        self._micro += 1
 
     def _reduce_gradients(self, reduce: bool) -> None:
         self._units[-1].set_requires_gradient_sync(reduce)
@@ -191,10 +175,8 @@ class FSDP2Engine(EngineBase):
             yield
             self._reshard()
 
-    def step(self) -> None:
-        """Optimizer step at the end of a window, else nothing."""
-        if not self.is_gradient_accumulation_boundary():
-            return
+    def _bring_gradients(self) -> None:
+        """Torch has summed them over ranks."""
         for name, buffer in self._buffers.items():
             weight = self._weights[name]
             if self._local(weight).data_ptr() != buffer.data_ptr():
@@ -202,13 +184,10 @@ class FSDP2Engine(EngineBase):
             gradient: Any = weight.grad
             with torch.no_grad():
                 buffer.grad = None if gradient is None else gradient.to_local()
-        self.optimizer.step()
+
+    def _drop_gradients(self) -> None:
         for name, buffer in self._buffers.items():
             buffer.grad = self._weights[name].grad = None
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self._micro = 0
-        self._after_step()
 
     # -- weights ------------------------------------------------------------------------------------------------
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsso.engines.base import EngineBase
+from dsso.engines.window import WindowEngine
 from dsso.optim._partition import PartitionOptimizer
 from dsso.parallel.fragments import Span
 
 
-class SingleEngine(EngineBase):
+class SingleEngine(WindowEngine):
     """Runs a model in one process.
 
     Weights below fp32 get an fp32 master copy, which is what the optimizer steps.
@@ -22,7 +22,8 @@ class SingleEngine(EngineBase):
         module: the model, on its device already.
         optimizer: carries the method; it is attached here.
         device: where the model lives.
-        gradient_accumulation_steps, micro_batch_size: of the recipe.
+        gradient_accumulation_steps: micro-batches a window.
+        micro_batch_size: examples per rank and micro-batch.
         scheduler: learning-rate scheduler on the optimizer, or None.
     """
 
@@ -35,9 +36,8 @@ class SingleEngine(EngineBase):
         micro_batch_size: int,
         scheduler: Any = None,
     ) -> None:
-        super().__init__(module, optimizer, device, gradient_accumulation_steps, micro_batch_size)
-        self.scheduler = scheduler
-        self._micro = 0
+        super().__init__(module, optimizer, device, gradient_accumulation_steps, micro_batch_size, scheduler)
+        self._agree()
         self._parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         for p in self._parameters.values():
             if not p.is_contiguous():
@@ -51,23 +51,10 @@ class SingleEngine(EngineBase):
             list(self._masters.values()), spans, {n: p.numel() for n, p in self._parameters.items()}
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward pass."""
-        self._before_forward()
-        return self.module(*args, **kwargs)
+    def _agree(self) -> None:
+        """Start from the same weights on every rank; one process does."""
 
-    def is_gradient_accumulation_boundary(self) -> bool:
-        """True when the next `step()` updates the parameters."""
-        return self._micro >= self.gradient_accumulation_steps
-
-    def backward(self, loss: Tensor, terms: float | Tensor | None = None) -> None:
-        """Backward pass of one micro-batch; its gradient enters the window with weight 1/steps."""
-        self._before_backward(terms)
-        (loss / self.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
-        self._accumulate()
-        self._micro += 1
-
-    def _accumulate(self) -> None:
+    def _end_pass(self) -> None:
         """Sum the gradients of weights below fp32 over the window in fp32."""
         for name, parameter in self._parameters.items():
             master = self._masters[name]
@@ -79,22 +66,10 @@ class SingleEngine(EngineBase):
                 master.grad.add_(parameter.grad)
             parameter.grad = None
 
-    def _complete_gradients(self) -> None:
-        """Make the gradients of the masters those of the global batch; one process has them already."""
-
-    def step(self) -> None:
-        """Optimizer step at the end of a window, else nothing."""
-        if not self.is_gradient_accumulation_boundary():
-            return
-        self._complete_gradients()
-        self.optimizer.step()
+    def _drop_gradients(self) -> None:
         self.publish_weights()
         for name, parameter in self._parameters.items():
             self._masters[name].grad = parameter.grad = None
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self._micro = 0
-        self._after_step()
 
     @torch.no_grad()
     def publish_weights(self) -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 import socket
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +111,36 @@ def partitions(run: Path, step: int = 10) -> dict[str, torch.Tensor]:
         name: torch.cat([tensor for _, tensor in sorted(pieces, key=lambda one: one[0])])
         for name, pieces in parts.items()
     }
+
+
+def interrupted(command: Sequence[str], out: Path) -> tuple[int, str]:
+    """Start a run, press Ctrl-C once all ranks are in the loop; its exit status and what it said."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        # A first logged step means that every rank is in the loop; the file alone only that rank 0 has opened it.
+        log = out / "metrics.jsonl"
+        while time.monotonic() < deadline and not (log.exists() and log.stat().st_size):
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+        told, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, told
+
+
+def check_interrupted(status: int, told: str, out: Path) -> None:
+    """One whole checkpoint is there, and it was said once how to go on."""
+    assert status != 0
+    assert "SIGINT: writing a checkpoint after this step" in told
+    assert told.count("--resume auto goes on") == 1
+    assert len(checkpoints(out)) == 1
+    assert (out / "checkpoints" / checkpoints(out)[0] / "manifest.json").is_file()

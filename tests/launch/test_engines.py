@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import Command
-from tests.launch.runs import ROOT, checkpoints, config, lines, summary, train, write_recipe
+from tests.launch.runs import (
+    ROOT,
+    check_interrupted,
+    checkpoints,
+    config,
+    interrupted,
+    lines,
+    summary,
+    train,
+    write_recipe,
+)
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -123,30 +129,10 @@ def test_a_rank_that_dies_ends_the_others(engine: str, tmp_path: Path, command: 
 def test_ctrl_c_leaves_a_checkpoint(engine: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     changes = {"dsso.engine": engine, "dsso.train": {"max_steps": 100_000, "eval_interval": 100_000}}
-    process = subprocess.Popen(
-        words("--ds_config", write_recipe(tmp_path, changes), "--output_dir", out),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    status, told = interrupted(
+        words("--ds_config", write_recipe(tmp_path, changes), "--output_dir", out), out
     )
-    try:
-        deadline = time.monotonic() + 120
-        # A first logged step means that every rank is in the loop.
-        log = out / "metrics.jsonl"
-        while time.monotonic() < deadline and not (log.exists() and log.stat().st_size):
-            time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGINT)
-        told, _ = process.communicate(timeout=120)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode != 0
-    assert "SIGINT: writing a checkpoint after this step" in told
-    assert told.count("--resume auto goes on") == 1
-    assert len(checkpoints(out)) == 1
-    assert (out / "checkpoints" / checkpoints(out)[0] / "manifest.json").is_file()
+    check_interrupted(status, told, out)
 
 
 @pytest.mark.slow

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,18 @@ import pytest
 import torch
 
 from tests.conftest import Command
-from tests.launch.runs import ROOT, checkpoints, config, launcher, lines, partitions, summary, write_recipe
+from tests.launch.runs import (
+    ROOT,
+    check_interrupted,
+    checkpoints,
+    config,
+    interrupted,
+    launcher,
+    lines,
+    partitions,
+    summary,
+    write_recipe,
+)
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -116,30 +124,8 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_exactly(
 def test_a_signal_to_the_launcher_leaves_a_checkpoint(tmp_path: Path) -> None:
     out = tmp_path / "out"
     recipe = write_recipe(tmp_path, {"dsso.train": {"max_steps": 100_000, "eval_interval": 100_000}})
-    process = subprocess.Popen(
-        launcher("--ds_config", recipe, "--output_dir", out),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        # A first logged step means that every rank is in the loop; the file alone only that rank 0 has opened it.
-        log = out / "metrics.jsonl"
-        while time.monotonic() < deadline and not (log.exists() and log.stat().st_size):
-            time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal
-        told, _ = process.communicate(timeout=120)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode != 0
-    assert "SIGINT: writing a checkpoint after this step" in told
-    assert told.count("--resume auto goes on") == 1
-    assert len(checkpoints(out)) == 1
-    assert (out / "checkpoints" / checkpoints(out)[0] / "manifest.json").is_file()
+    status, told = interrupted(launcher("--ds_config", recipe, "--output_dir", out), out)
+    check_interrupted(status, told, out)
 
 
 def test_a_bad_recipe_is_told_once_with_status_2(tmp_path: Path, command: Command) -> None:
