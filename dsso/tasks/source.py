@@ -74,7 +74,8 @@ def _parse_line(line: str, path: Path, number: int) -> Row:
         cut = not line.endswith("\n") or not line.rstrip().endswith("}")
         what = "the line is cut short" if cut else "the line is no valid JSON"
         raise RecipeError(
-            f"{what} ({error.msg} at column {error.colno})",
+            # some of json's messages end with "at" themselves
+            f"{what} ({error.msg.removesuffix(' at')} at column {error.colno})",
             where=where,
             got=line.strip()[-60:],
             allowed="one complete JSON object per line",
@@ -240,7 +241,20 @@ def _renamed(spec: TaskSpec, raw: Row, renamed: Mapping[str, str], table: Table,
                 remedy=f'name it in dsso.task.columns, as in {{"{name}": "<column of the file>"}}',
             )
         row[name] = raw[actual]
+        # a null label is refused as a label that does not exist
+        if name != spec.label_column and _holds_null(raw[actual]):
+            raise RecipeError(
+                f"the column {actual!r} is null",
+                where=table.place(index),
+                got=str(dict(raw))[:80],
+                allowed="a text, which may be empty",
+                remedy="write the text, or remove the row",
+            )
     return row
+
+
+def _holds_null(value: object) -> bool:
+    return value is None or (isinstance(value, list) and None in value)
 
 
 def _example(spec: TaskSpec, row: Row, table: Table, index: int) -> Example | None:
