@@ -45,6 +45,10 @@ class ModelBundle:
     """Seed of new weights."""
     peft: PeftConfig | None = None
     """What `adapters.apply` added."""
+    source: ModelConfig | None = None
+    """What `load` was asked for."""
+    task: str = ""
+    """Name of the task that it was loaded for."""
 
     @property
     def config(self) -> Any:
@@ -99,7 +103,16 @@ def load(
     with seeded(task.seed):
         model = _build(model_config, place, config, family, head, mean_pooled, chosen)
     _checkpointing(model, model_config)
-    return ModelBundle(model, tokenizer, family, head, model_config.name, task.seed)
+    return ModelBundle(
+        model,
+        tokenizer,
+        family,
+        head,
+        model_config.name,
+        task.seed,
+        source=model_config,
+        task=task.spec.name,
+    )
 
 
 def on_meta(
@@ -259,7 +272,8 @@ def _override_dropout(config: Any, probability: float | None) -> None:
             setattr(config, name, probability)
 
 
-def _auto_class(family: Family, head: Head) -> Any:
+def auto_class(family: Family, head: Head) -> Any:
+    """The class of transformers that makes a model of a family with a head."""
     import transformers
 
     if head != "prompt":
@@ -291,7 +305,7 @@ def _build(
             if pooled:
                 random: nn.Module = MeanPoolClassifier(config).to(dtype)
                 return random
-            built: nn.Module = _auto_class(family, head).from_config(config, **options)
+            built: nn.Module = auto_class(family, head).from_config(config, **options)
             return built
         if model_config.revision is not None:
             options["revision"] = model_config.revision
@@ -301,7 +315,7 @@ def _build(
             encoder = transformers.AutoModel.from_pretrained(place, config=config, **options)
             classifier: nn.Module = MeanPoolClassifier(config, encoder).to(dtype)
             return classifier
-        model, info = _auto_class(family, head).from_pretrained(
+        model, info = auto_class(family, head).from_pretrained(
             place, config=config, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError) as error:
