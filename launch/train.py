@@ -4,7 +4,8 @@
     python launch/train.py --ds_config configs/recipe.json --check
 
 Exit status: 0 finished, 1 an error while running, 2 a recipe or command line that cannot be used (nothing was
-started then), 130 and 143 after SIGINT and SIGTERM, with a checkpoint written.
+started then), 130 and 143 after SIGINT and SIGTERM, with a checkpoint written. With `--check --gpu_memory`: 1 where
+the run does not fit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,20 @@ sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place or ".").re
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from dsso.errors import DssoError, RecipeError  # noqa: E402
+try:
+    from dsso.errors import DssoError, RecipeError
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] in {"dsso", "launch"}:
+        raise
+    # The usual cause is a new shell, in which the environment that the scripts have made is not active.
+    remedy = (
+        f". {ROOT / '.venv/bin/activate'}"
+        if (ROOT / ".venv/bin/activate").exists()
+        else f"bash {ROOT / 'launch/test.sh'} makes an environment .venv (then: . .venv/bin/activate),"
+        " or install it with pip, see docs/guide.md"
+    )
+    print(f"error: {sys.executable} has no package {error.name!r}\n  remedy: {remedy}", file=sys.stderr)
+    sys.exit(2)
 
 LAUNCHER_SECONDS = 5.0
 """A launcher ends the other ranks so soon after the first one has left."""
@@ -48,9 +62,10 @@ def main() -> int:
         if arguments.check:
             from launch.check import check, report
 
+            checked = check(arguments, environment)
             if rank == 0:
-                print(report(check(arguments, environment)))
-            return 0
+                print(report(checked))
+            return 1 if checked.plan.fits is False else 0
         from launch.prepare import prepare
 
         job = prepare(arguments, rank, world_size)
