@@ -18,7 +18,7 @@ from torch import nn
 
 from dsso.config import ModelConfig, PeftConfig, TaskConfig
 from dsso.errors import RecipeError
-from dsso.tasks import tiny
+from dsso.tasks import hub, tiny
 from dsso.tasks.base import Task
 
 Family = Literal["seq2seq", "encoder", "causal"]
@@ -209,9 +209,11 @@ def choose_head(family: Family, task: Task, task_config: TaskConfig) -> Head:
 
 def _place(model_config: ModelConfig) -> tuple[str, bool]:
     """Path or hub name, and whether the encoder is used through mean pooling."""
+    name = model_config.name
+    if name not in BUILT_IN and not Path(name).is_dir():
+        hub.prefer_cache()
     from dsso.tasks.pooling import is_mean_pooled
 
-    name = model_config.name
     if name == MINILM:
         spec = importlib.util.find_spec(MINILM_PACKAGE)
         if spec is None or spec.origin is None:
@@ -237,7 +239,7 @@ def _tokenizer_and_config(model_config: ModelConfig, place: str, needed: bool) -
     try:
         config = AutoConfig.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise _not_found(model_config.name, error) from error
+        raise _not_found(model_config.name, error, weights=needed) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:  # a directory with nothing but a configuration fails in many ways
@@ -252,14 +254,18 @@ def _tokenizer_and_config(model_config: ModelConfig, place: str, needed: bool) -
     return tokenizer, config
 
 
-def _not_found(name: str, error: Exception) -> RecipeError:
+def _not_found(name: str, error: Exception, weights: bool = True) -> RecipeError:
     reason = str(error).strip().splitlines()
+    remedy = "correct the name; for a hub name check the network, or give a local directory"
+    if not weights:
+        remedy += " (for --check one with nothing but the model's config.json is enough)"
     return RecipeError(
-        f"the model cannot be loaded ({type(error).__name__}: {reason[0] if reason else 'no reason given'})",
+        f"the model cannot be loaded ({type(error).__name__}: {reason[0] if reason else 'no reason given'})"
+        f"{'' if Path(name).is_dir() else hub.words()}",
         where="dsso.model.name",
         got=name,
         allowed=(*BUILT_IN, "a local directory", "a hub name such as google-t5/t5-small"),
-        remedy="correct the name; for a hub name check the network, or give a local directory",
+        remedy=remedy,
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsso.errors import RecipeError
+from dsso.tasks import hub
 from dsso.tasks.base import Example, Row, TaskSpec
 
 SPLITS = ("train", "validation", "test")
@@ -173,6 +174,7 @@ def _hub(spec: TaskSpec) -> Source:
 
 
 def _load_from_hub(spec: TaskSpec, split: str) -> Sequence[Row]:
+    hub.prefer_cache()
     import datasets
 
     try:
@@ -187,7 +189,8 @@ def _load_from_hub(spec: TaskSpec, split: str) -> Sequence[Row]:
             )
     except Exception as error:
         raise DataMissing(
-            f"the split {split!r} could not be loaded from the hub ({type(error).__name__}: {error})",
+            f"the split {split!r} could not be loaded from the hub ({type(error).__name__}: {error})"
+            f"{hub.words()}",
             where=f"task {spec.name}, {spec.hub}",
             remedy=f"check the network, or set dsso.task.data_dir (or ${ENVIRONMENT}) to a directory with "
             f"{spec.name}/train.jsonl and {spec.name}/validation.jsonl",
