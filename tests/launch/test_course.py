@@ -12,6 +12,7 @@ import torch
 
 from dsso import checkpoint
 from launch.loop import Loop
+from launch.progress import Progress
 from tests.launch.runs import ROOT, checkpoints, lines, summary, train, write_recipe
 
 Capture = pytest.CaptureFixture[str]
@@ -194,6 +195,26 @@ def test_other_recipes_run(changes: dict[str, Any], tmp_path: Path, monkeypatch:
     assert found["skipped_steps"] == 0
     assert 0 <= found["test_metric"] <= 1
     assert (out / "adapter").exists() == (changes.get("dsso.peft") != {"type": "none"})
+
+
+def test_a_batch_beyond_the_training_set_is_said(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
+    recipe = write_recipe(tmp_path, {"dsso.task.train_examples": 7, "dsso.train.max_steps": 1})
+    words = "train_batch_size 8 is larger than the training set (7 examples)"
+    arguments = ("--ds_config", recipe, "--output_dir", tmp_path / "out")
+    assert train(monkeypatch, *arguments, "--check") == 0
+    assert f"note         {words}" in capfd.readouterr().out
+    assert train(monkeypatch, *arguments) == 0
+    assert words in capfd.readouterr().out
+    assert (
+        train(monkeypatch, *arguments, "--check", "--resume", "auto", "--set", "dsso.task.train_examples=8")
+        == 0
+    )
+    assert "is larger than the training set" not in capfd.readouterr().out
+
+
+def test_a_small_clip_scale_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    Progress(0, 10, speak=True).figures(3, {"loss": 1.0, "clip_scale": 0.003127, "seconds": 1.0})
+    assert "clip 0.00313" in capsys.readouterr().out
 
 
 def test_debug_logs_every_step(tmp_path: Path, monkeypatch: Patch) -> None:
