@@ -9,6 +9,7 @@ for batch in loader:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from dsso.recipe import load_recipe
 
 __all__ = ["__version__", "initialize"]
 
+_OF_THE_CALLER = ("model", "peft", "task")
+"""Parts of a recipe's `"dsso"` section that a caller of `initialize` brings along."""
+
 
 def initialize(
     model: nn.Module,
@@ -33,6 +37,10 @@ def initialize(
     example_inputs: Mapping[str, Any] | None = None,
 ) -> tuple[EngineBase, PartitionOptimizer, DataLoader[Any] | None, Any]:
     """Put a model into the engine that a recipe names, with the recipe's optimizer.
+
+    The model is used as it is: `dsso.model`, `dsso.peft` and `dsso.task` of the recipe are not read (of `dsso.model`
+    only `dtype`), which rank 0 says on stderr when the recipe has them. `launch/train.py` is what builds a model from
+    a recipe.
 
     Args:
         model: the model, adapters added and `requires_grad` flags set.
@@ -52,6 +60,11 @@ def initialize(
     """
     recipe = load_recipe(config)
     environment = launch_environment()
+    given = [f"dsso.{name}" for name in _OF_THE_CALLER if name in recipe.raw.get("dsso", {})]
+    if given and environment.rank == 0:
+        sys.stderr.write(
+            f"note: not used by dsso.initialize, which takes the model as it is: {', '.join(given)} of the recipe\n"
+        )
     resolved = recipe.resolved(environment.world_size)
     start(environment, resolved.dsso.train.timeout_minutes)
     engine = build(model, resolved, environment, example_inputs)

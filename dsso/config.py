@@ -53,6 +53,16 @@ def problem(
     return PydanticCustomError("dsso", "{what}", {"what": what, **context})
 
 
+def removal(path: str, otherwise: str = "") -> str:
+    """How a key leaves a recipe, for a remedy.
+
+    Args:
+        path: of the key.
+        otherwise: what else would do.
+    """
+    return f"remove it{otherwise} (on the command line, --set {path}=null removes it)"
+
+
 class ModelConfig(StrictModel):
     """Which model is trained, and in which form it is loaded."""
 
@@ -117,7 +127,9 @@ class PeftConfig(StrictModel):
                 f"{name!r} has no meaning for type {self.type!r}",
                 got=name,
                 allowed=", ".join(own) if own else "no other field",
-                remedy=f"remove it, or set dsso.peft.type to {' or '.join(map(repr, takers))}",
+                remedy=removal(
+                    f"dsso.peft.{name}", f", or set dsso.peft.type to {' or '.join(map(repr, takers))}"
+                ),
             )
         return self
 

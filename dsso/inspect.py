@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from tqdm import tqdm
 
 from dsso import checkpoint
 from dsso.checkpoint import Checkpoint, Skipped
@@ -110,10 +111,13 @@ def _factors(folder: Path, state: dict[str, Any], largest_side: int) -> list[dic
     """One dict a factor, in the order of their names."""
     owned = {} if state["method"] is None else state["method"]["owned"]
     out = []
-    for owner, file in enumerate(sorted(folder.glob("method_rank*.safetensors"))):
+    files = sorted(folder.glob("method_rank*.safetensors"))
+    for owner, file in enumerate(files):
         with safe_open(file, framework="pt", device="cpu") as archive:
             names = dict.fromkeys(archive.keys())
-            for key in factor_keys(names):
+            # eigenvalues take minutes where factors are wide; disable=None shows a bar on a terminal only
+            title = f"rank {owner + 1} of {len(files)}"
+            for key in tqdm(factor_keys(names), desc=title, unit="factor", leave=False, disable=None):
                 # one at a time: all of them may be larger than the memory
                 mine = {n: archive.get_tensor(n) for n in names if n.startswith(f"{key}/")}
                 told = owned.get(key, {})

@@ -44,7 +44,8 @@ class Panel:
     x_label: str
     curve: Callable[[Run], Points]
     scale: str = "linear"
-    """`auto` takes a logarithmic axis when positive values span more than a factor of 30."""
+    """`auto`: logarithmic when positive values span more than a factor of 30; `apart`: when the runs' largest values
+    span more than a factor of 10, so that none is a line at the bottom."""
     y_range: tuple[float, float] | None = None
     smooth: bool = False
     marker: str | None = None
@@ -69,7 +70,7 @@ def panels(metric: str | None) -> list[Panel]:
             smooth=True,
         ),
         Panel("damping", step, lambda run: run.curve("damping"), "auto", stairs=True),
-        Panel("learning rate", step, lambda run: run.curve("lr")),
+        Panel("learning rate", step, lambda run: run.curve("lr"), "apart"),
     ]
 
 
@@ -136,7 +137,7 @@ def look(index: int) -> dict[str, Any]:
 
 
 def _fill(axis: Axes, panel: Panel, runs: Sequence[Run]) -> None:
-    absent, finite = [], []
+    absent, finite, largest = [], [], []
     for index, run in enumerate(runs):
         x, y = panel.curve(run)
         line = look(index)
@@ -160,7 +161,12 @@ def _fill(axis: Axes, panel: Panel, runs: Sequence[Run]) -> None:
             axis.annotate(
                 "× not finite", (0.99, 0.9), xycoords="axes fraction", ha="right", fontsize=8, color="#555555"
             )
-        finite += [value for value in y if not math.isnan(value)]
+        known = [value for value in y if not math.isnan(value)]
+        finite += known
+        largest += [max(known)] if known and max(known) > 0 else []
+    if panel.scale == "apart" and largest and max(largest) > 10 * min(largest):
+        # a warm-up begins at zero, which has no place on this axis
+        axis.set_yscale("log", nonpositive="mask")
     if panel.scale == "auto" and finite and min(finite) > 0 and max(finite) > 30 * min(finite):
         axis.set_yscale("log")
     if panel.y_range is not None and all(panel.y_range[0] <= value <= panel.y_range[1] for value in finite):

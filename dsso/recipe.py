@@ -16,11 +16,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dsso import optim
 from dsso.config import DssoConfig, StrictModel, parse
-from dsso.ds_keys import BATCH_KEYS
+from dsso.ds_keys import BATCH_KEYS, SECTIONS, TOP_LEVEL
 from dsso.errors import DssoError, RecipeError, nearest
 from dsso.recipe_checks import (
     LAYOUTS,
@@ -31,6 +31,7 @@ from dsso.recipe_checks import (
     check_fixed,
     check_for_method,
     check_keys,
+    lookup,
     notes_for_engine,
     precision,
     section,
@@ -224,11 +225,12 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     raw = _read(Path(source)) if isinstance(source, str | Path) else _plain(source)
     for override in overrides:
         _override(raw, override)
+    for override in overrides:
+        _drop_null(raw, override.partition("=")[0].strip())
     check_keys(raw)
     check_auto(raw)
     check_fixed(raw)
-    dsso = parse(DssoConfig, raw.get("dsso", {}), "dsso")
-    kind, model, is_method = _optimizer(raw)
+    dsso, (kind, model, is_method) = _sections(raw)
     stage = zero_stage(raw, dsso.engine)
     numbers = precision(raw, dsso, stage)
     if is_method:
@@ -245,6 +247,23 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         _scheduler(raw)
     notes = notes_for_engine(raw, dsso.engine)
     return Recipe(raw, kind, model, is_method, dsso, numbers, stage, notes)
+
+
+def _sections(raw: Mapping[str, Any]) -> tuple[DssoConfig, tuple[str, StrictModel, bool]]:
+    """The `"dsso"` section and the optimizer; what is wrong with either is told together."""
+    problems: list[RecipeError] = []
+    dsso = optimizer = None
+    try:
+        dsso = parse(DssoConfig, raw.get("dsso", {}), "dsso")
+    except RecipeError as error:
+        problems.append(error)
+    try:
+        optimizer = _optimizer(raw)
+    except RecipeError as error:
+        problems.append(error)
+    if dsso is None or optimizer is None:
+        raise problems[0] if len(problems) == 1 else RecipeError("\n".join(map(str, problems))) from None
+    return dsso, optimizer
 
 
 def _optimizer(raw: Mapping[str, Any]) -> tuple[str, StrictModel, bool]:
@@ -343,3 +362,40 @@ def _override(raw: dict[str, Any], override: str) -> None:
         home[last] = json.loads(text)
     except json.JSONDecodeError:
         home[last] = text
+
+
+def _drop_null(raw: dict[str, Any], path: str) -> None:
+    """Remove a key that an override has set to null, unless null is one of its values, or the key is unknown."""
+    if lookup(raw, path, ...) is None and not _null_is_told(raw, path):
+        *parents, last = path.split(".")
+        home = raw
+        for part in parents:
+            home = home[part]
+        del home[last]
+
+
+def _null_is_told(raw: Mapping[str, Any], path: str) -> bool:
+    """Whether a null at this place is for the checks: a value of the field, or beside a name that nobody knows."""
+    names = {name.lower(): name for name in [*optim.available(), *BASELINES]}
+    kind = names.get(str(section(raw, "optimizer").get("type")).lower())
+    methods = optim.available()
+    params = None if kind is None else optim.resolve(kind).Config if kind in methods else BASELINES[kind]
+    for prefix, model in (
+        ("dsso", DssoConfig),
+        ("optimizer.params", params),
+        ("scheduler.params", SCHEDULERS.get(str(section(raw, "scheduler").get("type")))),
+    ):
+        if path.startswith(f"{prefix}."):
+            return model is not None and _takes_null(model, path.removeprefix(f"{prefix}.").split("."))
+    home, _, key = path.rpartition(".")
+    return key not in (SECTIONS.get(home, ()) if home else {*TOP_LEVEL, "dsso"})
+
+
+def _takes_null(model: type[StrictModel], parts: list[str]) -> bool:
+    field = model.model_fields.get(parts[0])
+    if field is None:
+        return True
+    inner = field.annotation
+    if len(parts) > 1 and isinstance(inner, type) and issubclass(inner, StrictModel):
+        return _takes_null(inner, parts[1:])
+    return len(parts) > 1 or type(None) in get_args(inner)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from dsso.config import DssoConfig
+from dsso.config import DssoConfig, removal
 from dsso.ds_keys import (
     BATCH_KEYS,
     FIXED,
@@ -193,7 +193,8 @@ def zero_stage(raw: Mapping[str, Any], engine: str) -> int:
             where="zero_optimization.stage",
             got=stage,
             allowed="0",
-            remedy="set dsso.engine to 'deepspeed', or remove zero_optimization",
+            remedy="set dsso.engine to 'deepspeed', or remove zero_optimization"
+            " (on the command line: --set zero_optimization=null)",
         )
     if lookup(raw, "zero_optimization.round_robin_gradients", False) not in (False, "auto"):
         raise RecipeError(
@@ -202,7 +203,7 @@ def zero_stage(raw: Mapping[str, Any], engine: str) -> int:
             where="zero_optimization.round_robin_gradients",
             got=lookup(raw, "zero_optimization.round_robin_gradients"),
             allowed="false",
-            remedy="remove it",
+            remedy=removal("zero_optimization.round_robin_gradients"),
         )
     return 0 if engine in LAYOUTS else int(stage)
 
@@ -228,7 +229,7 @@ def notes_for_engine(raw: Mapping[str, Any], engine: str) -> tuple[str, ...]:
                 f"is done by DeepSpeed's engine, and the engine is {engine!r}",
                 where=key,
                 got=value,
-                remedy=f"remove {key}, or set dsso.engine to 'deepspeed'",
+                remedy=removal(key, ", or set dsso.engine to 'deepspeed'"),
             )
     for path, (works, holds) in ZERO_WITHOUT_DEEPSPEED.items():
         value = lookup(raw, path, works)
@@ -238,7 +239,7 @@ def notes_for_engine(raw: Mapping[str, Any], engine: str) -> tuple[str, ...]:
                 where=path,
                 got=value,
                 allowed=str(works).lower(),
-                remedy="remove it, or set dsso.engine to 'deepspeed'",
+                remedy=removal(path, ", or set dsso.engine to 'deepspeed'"),
             )
     given = section(raw, "zero_optimization")
     if engine not in LAYOUTS or not given.get("stage"):
@@ -281,7 +282,10 @@ def precision(raw: Mapping[str, Any], dsso: DssoConfig, stage: int) -> Precision
             where="data_types.grad_accum_dtype",
             got=given,
             allowed=allowed,
-            remedy="remove it" + (", or set zero_optimization.stage to 1 or more" if stage == 0 else ""),
+            remedy=removal(
+                "data_types.grad_accum_dtype",
+                ", or set zero_optimization.stage to 1 or more" if stage == 0 else "",
+            ),
         )
     scale: float | Literal["none", "dynamic"] = "none"
     if dtype == "float16":
@@ -310,7 +314,7 @@ def _without_deepspeed(dtype: Dtype, accumulation: str | None, engine: str) -> P
             where="data_types.grad_accum_dtype",
             got=accumulation,
             allowed="fp32",
-            remedy="remove it, or set dsso.engine to 'deepspeed'",
+            remedy=removal("data_types.grad_accum_dtype", ", or set dsso.engine to 'deepspeed'"),
         )
     return Precision(dtype, "none", "float32")
 
@@ -367,7 +371,9 @@ def check_for_method(raw: Mapping[str, Any], method: str, stage: int) -> None:
                 where=f"zero_optimization.{name}.device",
                 got=device,
                 allowed="none",
-                remedy=f"remove zero_optimization.{name}; stage 3 shards the same memory over the ranks",
+                remedy=removal(
+                    f"zero_optimization.{name}", "; stage 3 shards the same memory over the ranks"
+                ),
             )
     size = lookup(raw, "zero_optimization.sub_group_size", "auto")
     if stage == 3 and size not in ("auto", SUB_GROUP_SIZE):
@@ -377,7 +383,7 @@ def check_for_method(raw: Mapping[str, Any], method: str, stage: int) -> None:
             where="zero_optimization.sub_group_size",
             got=size,
             allowed="auto",
-            remedy=f"remove it; dsso sets {SUB_GROUP_SIZE}",
+            remedy=removal("zero_optimization.sub_group_size", f"; dsso sets {SUB_GROUP_SIZE}"),
         )
     _check_fixed(raw, FIXED_FOR_METHODS, method)
 
@@ -393,7 +399,11 @@ def _check_fixed(raw: Mapping[str, Any], table: Fixed, who: str) -> None:
         if value not in (works, "auto"):
             allowed = str(works).lower()
             raise RecipeError(
-                f"does not work with {who}: {why}", where=path, got=value, allowed=allowed, remedy="remove it"
+                f"does not work with {who}: {why}",
+                where=path,
+                got=value,
+                allowed=allowed,
+                remedy=removal(path),
             )
 
 

@@ -14,7 +14,7 @@ import annotated_types
 import pydantic
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
-from pydantic_core import PydanticUndefined, to_jsonable_python
+from pydantic_core import to_jsonable_python
 
 from dsso import optim
 from dsso.config import DssoConfig, StrictModel
@@ -89,7 +89,9 @@ def _inner(field: FieldInfo) -> type[StrictModel] | None:
 def _row(name: str, field: FieldInfo) -> str:
     limits = ", ".join(_limits(field.metadata))
     value = _type(field.annotation) + (f", {limits}" if limits else "")
-    default = "required" if field.default is PydanticUndefined else f"`{_json(field.default)}`"
+    default = (
+        "required" if field.is_required() else f"`{_json(field.get_default(call_default_factory=True))}`"
+    )
     meaning = " ".join((field.description or "").split())
     return (
         "| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{name}`", value, default, meaning)) + " |"

@@ -137,7 +137,7 @@ def read_run(directory: str | Path) -> Run:
                 run.warnings.append(f"{path} line {number}: cut short, left out")
                 continue
             raise RecipeError(
-                f"is not JSON ({error.msg} at column {error.colno})",
+                f"is not JSON ({error.msg.removesuffix(' at')} at column {error.colno})",
                 where=f"{path} line {number}",
                 got=text[:80],
                 remedy="remove the line",

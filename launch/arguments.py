@@ -89,7 +89,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         "--gpu_memory",
         type=float,
         metavar="GB",
-        help="with --check: say what fits into a device of so many GB",
+        help="with --check: say what fits into a device of so many GB (exit status 1: the run does not)",
     )
     parser.add_argument("--debug", action="store_true", help="log every step, find NaNs, show tracebacks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it

@@ -18,6 +18,7 @@ import safetensors.torch
 from torch import Tensor
 
 from dsso.checkpoint import CheckpointError, write_json
+from dsso.files import save_file
 from dsso.parallel.collectives import gather_objects, rank
 
 if TYPE_CHECKING:
@@ -121,9 +122,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     aside = path.with_name(f".{path.name}")
     try:
         # clones: safetensors refuses tensors that share their memory
-        safetensors.torch.save_file(
-            {name: one.detach().clone().contiguous() for name, one in weights.items()}, aside
-        )
+        save_file({name: one.detach().clone().contiguous() for name, one in weights.items()}, aside)
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)

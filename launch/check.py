@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from dsso.recipe import ResolvedRecipe, load_recipe
 from dsso.recipe_checks import batch_sizes
 from launch import resume as resuming
 from launch.arguments import Arguments
-from launch.prepare import max_steps, output_directory, seed_everything
+from launch.prepare import max_steps, notes_on_sizes, output_directory, seed_everything
 
 if TYPE_CHECKING:
     from dsso.engines import Environment
@@ -82,6 +82,8 @@ def check(arguments: Arguments, environment: Environment) -> Checked:
         steps = max_steps(None, config.train.epochs, len(task.train), global_batch)
     recipe = resolve(written, world) if steps is None else written.resolved(world, steps)
     resume = resuming.compare(resume, jsonable(recipe.to_json()))
+    if task.train:
+        resume = replace(resume, notes=(*resume.notes, *notes_on_sizes(global_batch, len(task.train))))
     found = plan(bundle.model, written, world, arguments.gpu_memory, "single" if alone else None)
     return Checked(recipe, found, task, data, steps, output_dir, resume)
 

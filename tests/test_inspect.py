@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import pty
 import shutil
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from dsso.checkpoint import Checkpointer
 from dsso.engines import make_optimizer
 from dsso.engines.single import SingleEngine
 from dsso.inspect import inspect, main
+from dsso.optim._figures import figures
 from dsso.optim.kfac import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +125,35 @@ def test_what_cannot_be_used(run: tuple[Path, SingleEngine], tmp_path: Path, cap
     shutil.copytree(run[0] / "checkpoints" / "step_00000004", folder / "checkpoints" / "step_00000003")
     assert main([str(folder)]) == 0
     assert "passed over: step_00000004" in capsys.readouterr().out
+
+
+def test_progress_is_shown_on_a_terminal(run: tuple[Path, SingleEngine]) -> None:
+    inside, outside = pty.openpty()
+    termios.tcsetwinsize(outside, (24, 80))
+    os.set_blocking(inside, False)
+    words = [sys.executable, "-m", "dsso.inspect", str(run[0])]
+    done = subprocess.run(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=outside, text=True, check=True, timeout=120
+    )
+    told = os.read(inside, 4096).decode()
+    os.close(outside)
+    os.close(inside)
+    assert "rank 1 of 1" in told and "factor" in told
+    assert "rank 1 of 1" not in done.stdout
+
+
+def test_condition_numbers_are_those_of_the_singular_values() -> None:
+    """Up to the worst that a factorization in float32 can hold."""
+    torch.manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))
+    for worst in (10.0, 1e4, 1e7):
+        spectrum = torch.logspace(0, -math.log10(worst), 40, dtype=torch.float64)
+        lower = torch.linalg.cholesky(basis * spectrum @ basis.mT).float()
+        tensors = {"f/ready": torch.tensor(True), "f/weight": torch.tensor(1.0)}
+        tensors |= {"f/0/square": lower, "f/0/diagonal": torch.ones(40)}
+        exact = torch.linalg.svdvals(lower.double()).square()
+        found = figures("f", tensors, 40).condition
+        assert found == pytest.approx(float(exact.max() / exact.min()), rel=1e-6)
 
 
 def test_the_command(run: tuple[Path, SingleEngine]) -> None:

@@ -175,6 +175,14 @@ def bad_middle_line(tmp_path: Path) -> str:
     return str(folder)
 
 
+def bad_string(path: Path) -> str:
+    folder = write_run(path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines[3] = '{"loss":"a'
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
 def bad_other_lines(tmp_path: Path) -> str:
     folder = write_run(tmp_path / "kfac")
     (folder / "metrics.jsonl").write_text('{"text": "a", "label": 1}\n')
@@ -194,6 +202,7 @@ def bad_summary(tmp_path: Path) -> str:
         (bad_foreign, "did you mean"),
         (bad_empty, "holds no line yet"),
         (bad_middle_line, "metrics.jsonl line 4: is not JSON"),
+        (bad_string, "Unterminated string starting at column 9)"),
         (bad_other_lines, "line 1: is not a line of a run"),
         (bad_summary, "summary.json:1:15: is not JSON"),
     ],
@@ -205,6 +214,23 @@ def test_bad_directories_are_told(
     message = capsys.readouterr().err
     assert words in message
     assert "remedy" in message or "allowed" in message
+
+
+@pytest.mark.parametrize(("other", "scale"), [(0.003, "log"), (0.05, "linear")])
+def test_learning_rates_far_apart_have_a_logarithmic_axis(tmp_path: Path, other: float, scale: str) -> None:
+    runs = [
+        results.read_run(write_run(tmp_path / str(rate), name, lr=rate))
+        for name, rate in (("KFAC", 0.2), ("AdamW", other))
+    ]
+    # a warm-up begins at zero
+    runs[0].steps[0]["lr"] = 0.0
+    results.name_runs(runs)
+    figure = plots.draw(runs)
+    axis = next(axis for axis in figure.axes if axis.get_title(loc="left") == "learning rate")
+    assert axis.get_yscale() == scale
+    figure.canvas.draw()
+    if scale == "log":
+        assert axis.get_ylim()[0] > other / 10
 
 
 def test_unknown_kind_of_picture(tmp_path: Path) -> None:

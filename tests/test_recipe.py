@@ -80,9 +80,69 @@ def test_overrides_set_values_of_any_type_and_make_sections() -> None:
     assert "task" not in BASE["dsso"], "the caller's object is not touched"
 
 
+def test_null_removes_a_key_unless_null_is_a_value() -> None:
+    written = {
+        **BASE,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 1, "round_robin_gradients": True},
+        "dsso": {"train": {"max_steps": 100, "patience": 3}, "peft": {"type": "lora", "alpha": 8, "r": 4}},
+    }
+    recipe = load_recipe(
+        written,
+        [
+            "dsso.peft.alpha=null",
+            "dsso.peft.r=null",
+            "dsso.peft.type=none",
+            "dsso.train.patience=null",
+            "dsso.task.max_length=null",
+            "gradient_clipping=null",
+            "train_micro_batch_size_per_gpu=null",
+            "zero_optimization.round_robin_gradients=null",
+            "optimizer.params.lr=null",
+            "optimizer.params.block_side=null",
+            "optimizer.params.base.momentum=null",
+        ],
+    )
+    assert recipe.dsso.peft.type == "none" and recipe.dsso.train.patience is None
+    assert recipe.raw["zero_optimization"] == {"stage": 1}
+    assert not {"gradient_clipping", "train_micro_batch_size_per_gpu"} & set(recipe.raw)
+    params: Any = recipe.optimizer_config
+    assert params.lr == optim.resolve("KFAC").Config().lr
+    assert params.block_side is None, "null has a meaning of its own here"
+    assert written["gradient_clipping"] == 1.0, "the caller's object is not touched"
+
+
+@pytest.mark.parametrize(
+    ("path", "base"),
+    [
+        ("dsso.peft.alpha", {"dsso": {"peft": {"type": "none", "alpha": 8.0}}}),
+        ("zero_optimization.round_robin_gradients", {"zero_optimization": {"round_robin_gradients": True}}),
+        ("gradient_allreduce_op", {"gradient_allreduce_op": "sum"}),
+        ("steps_per_print", {"dsso": {"engine": "ddp"}, "steps_per_print": 3, "dump_state": True}),
+    ],
+)
+def test_a_remedy_that_says_how_to_remove_works(path: str, base: dict[str, Any]) -> None:
+    whole = {**BASE, **base}
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(whole)
+    told = str(caught.value)
+    path = "dump_state" if "dump_state" in whole else path
+    assert f"(on the command line, --set {path}=null removes it)" in told
+    load_recipe(whole, [f"{path}=null"])
+
+
+def test_both_halves_of_a_recipe_are_told_together() -> None:
+    told = message({"optimizer.params.dampin": 1, "dsso.train.max_step": 1})
+    assert "optimizer.params.dampin: unknown key" in told and "dsso.train.max_step: unknown key" in told
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
+        ("dsso.train.max_step=null", ["dsso.train.max_step: unknown key"]),
+        ("optimizer.params.dampin=null", ["optimizer.params.dampin: unknown key"]),
+        ("gradient_cliping=null", ["gradient_cliping: unknown key", "nearest: 'gradient_clipping'"]),
         ("lr", ["--set: is no override", "got: 'lr'", "allowed: path.to.key=value"]),
         ("=3", ["--set: is no override"]),
         ("dsso..x=3", ["--set: is no override"]),
@@ -337,6 +397,12 @@ def test_the_page_of_the_recipe_is_up_to_date(tmp_path: Path) -> None:
     stale.write_text(text.replace("| `tau` |", "| `tua` |"), encoding="utf-8")
     assert __main__.main(["--update", str(stale)]) == 0
     assert stale.read_text(encoding="utf-8") == text
+
+
+def test_a_default_that_is_made_is_told() -> None:
+    kfac = recipe_docs.reference().split("### `optimizer.params of KFAC`")[1].split("###")[0]
+    row = next(line for line in kfac.splitlines() if line.startswith("| `exclude` |"))
+    assert row.split(" | ")[2] == "`[]`"
 
 
 def test_the_examples_of_the_page_are_valid() -> None:

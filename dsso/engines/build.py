@@ -13,6 +13,7 @@ from dsso.engines.base import EngineBase
 from dsso.engines.ddp import DDPEngine
 from dsso.engines.deepspeed import DeepSpeedEngine
 from dsso.engines.environment import Environment, bound_waits, launch_environment
+from dsso.engines.quiet import quiet
 from dsso.engines.single import SingleEngine
 from dsso.errors import RecipeError
 from dsso.optim import available, resolve
@@ -70,6 +71,7 @@ def _scheduler(optimizer: PartitionOptimizer, section: dict[str, Any] | None) ->
     """DeepSpeed's own scheduler classes, so that a recipe means the same without DeepSpeed's engine."""
     if not section:
         return None
+    quiet()
     from deepspeed.runtime import lr_schedules
 
     return getattr(lr_schedules, section["type"])(optimizer, **section.get("params", {}))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dsso.engines.base import EngineBase
+from dsso.engines.quiet import quiet
 from dsso.errors import RecipeError, RunError
 from dsso.optim._partition import PartitionOptimizer
 from dsso.parallel import collectives
@@ -67,6 +68,7 @@ class DeepSpeedEngine(EngineBase):
         device: torch.device,
         ds_config: Mapping[str, Any],
     ) -> None:
+        quiet()
         import deepspeed  # heavy, and not needed by the other engines
         from deepspeed.accelerator import get_accelerator
 

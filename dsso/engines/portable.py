@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dsso.errors import OtherRankError, RunError
+from dsso.files import save_file
 from dsso.optim._partition import merge_extra_states
 from dsso.parallel import collectives
 from dsso.parallel.pieces import PieceFiles, piece_key, written_by

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dsso.config import PeftConfig
+from dsso.config import PeftConfig, removal
 from dsso.errors import RecipeError, nearest
 from dsso.tasks import bottleneck
 from dsso.tasks.export import export, load
@@ -219,7 +219,7 @@ def _prefix(bundle: ModelBundle, config: PeftConfig) -> nn.Module:
             "prefix tuning trains the prefix and a new head only",
             where="dsso.peft.modules_to_save",
             got=config.modules_to_save,
-            remedy="remove it, or use lora or adapter",
+            remedy=removal("dsso.peft.modules_to_save", ", or use lora or adapter"),
         )
     made = peft.PrefixTuningConfig(
         num_virtual_tokens=config.num_virtual_tokens,

@@ -17,6 +17,20 @@ Row = Mapping[str, Any]
 """One row of a data file, in the column names of Hugging Face `datasets`."""
 
 
+def answer_text(value: object) -> str:
+    """An accepted answer of a row as text.
+
+    Args:
+        value: as the file has it.
+
+    Raises:
+        TypeError: it is null, which `str` would make the word "None".
+    """
+    if value is None:
+        raise TypeError("an answer is null")
+    return str(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One example, independent of any tokenizer."""

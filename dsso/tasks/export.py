@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dsso.errors import RecipeError, RunError
+from dsso.files import save_file
 from dsso.tasks import bottleneck
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ WEIGHTS_FILE, CONFIG_FILE = "dsso_adapter.safetensors", "dsso_adapter.json"
 """Files of a bottleneck adapter."""
 PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
 """File of peft's format that holds the weights; its configuration is beside it."""
+README_FILE = "README.md"
+"""File that says how the adapter is read back."""
 
 _ADAPTER = "default"
 
@@ -56,17 +60,20 @@ def export(bundle: ModelBundle, state_dict: Mapping[str, Tensor], directory: str
     kind = bundle.peft.type if bundle.peft is not None else "none"
     if kind == "adapter":
         _write_bottleneck(bundle, {name: full[name] for name in sorted(trained)}, target)
+        _write_readme(bundle, target)
     elif kind == "none":
         model: Any = bundle.model
         model.save_pretrained(target, state_dict=dict(full))
         bundle.tokenizer.save_pretrained(target)
+        # safetensors makes files that their owner alone can read; the configuration is a file like any other
+        for file in target.glob("*.safetensors"):
+            file.chmod(stat.S_IMODE((target / "config.json").stat().st_mode))
     else:
         _write_peft(bundle, full, target)
+        _write_readme(bundle, target)
 
 
 def _write_bottleneck(bundle: ModelBundle, tensors: dict[str, Tensor], target: Path) -> None:
-    from safetensors.torch import save_file
-
     assert bundle.peft is not None
     save_file(tensors, target / WEIGHTS_FILE)
     described = {
@@ -124,10 +131,12 @@ def load(model: nn.Module, directory: str | Path) -> nn.Module:
 
 def _write_peft(bundle: ModelBundle, full: dict[str, Tensor], target: Path) -> None:
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     model: Any = bundle.model
     config = copy.copy(model.peft_config[_ADAPTER])
+    if getattr(config, "modules_to_save", None):
+        # peft adds the names of heads to whatever is there, at every wrapping
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     if config.is_prompt_learning:
         tensors = _prefix_tensors(model, config, full)
     else:
@@ -160,3 +169,59 @@ def _prefix_tensors(model: Any, config: Any, full: dict[str, Tensor]) -> dict[st
             saved = module.adapter_state_dict(_ADAPTER, inner)
             found.update({f"{name}.{key}": value for key, value in saved.items()})
     return found
+
+
+def _write_readme(bundle: ModelBundle, target: Path) -> None:
+    """Say which lines read the adapter back: peft only warns when a base has other names than the adapter."""
+    if bundle.source is None:
+        return
+    assert bundle.peft is not None
+    own = bundle.peft.type == "adapter"
+    head = "prompt" if bundle.head == "prompt" else "classification"
+    given = bundle.source.model_dump(exclude_defaults=True, exclude={"gradient_checkpointing", "dropout"})
+    named = ", ".join(f"{name}={value!r}" for name, value in {"name": bundle.name, **given}.items())
+    read = "tasks.adapters.load(base, directory)" if own else "PeftModel.from_pretrained(base, directory)"
+    parts = [
+        f"# Adapter ({bundle.peft.type}) of `{bundle.name}`, trained on the task `{bundle.task}`\n",
+        "Read it back, with the path of this folder as `directory`:\n",
+        "```python",
+        *([] if own else ["from peft import PeftModel"]),
+        "from dsso import tasks",
+        "from dsso.config import ModelConfig, TaskConfig\n",
+        f"config = TaskConfig(name={bundle.task!r}, head={head!r})",
+        f'task = tasks.without_data(config, seed={bundle.seed}, reason="its labels are enough")',
+        f"base = tasks.models.load(ModelConfig({named}), task, config).model",
+        f"model = {read}",
+        "```\n",
+    ]
+    auto = None if own else _without_dsso(bundle)
+    if auto is not None:
+        parts += [
+            "Or without dsso:\n",
+            "```python",
+            "import transformers",
+            "from peft import PeftModel\n",
+            f"base = {auto}",
+            f"model = {read}",
+            "```\n",
+        ]
+    (target / README_FILE).write_text("\n".join(parts), encoding="utf-8")
+
+
+def _without_dsso(bundle: ModelBundle) -> str | None:
+    """The call of transformers that makes the same base; None where only this project can make it."""
+    from dsso.tasks.models import BUILT_IN, auto_class
+    from dsso.tasks.pooling import MeanPoolClassifier
+
+    source = bundle.source
+    assert source is not None
+    pooled = any(isinstance(module, MeanPoolClassifier) for module in bundle.model.modules())
+    if pooled or source.name in BUILT_IN or source.init == "random":
+        return None
+    options: dict[str, Any] = {"revision": source.revision} if source.revision is not None else {}
+    if source.trust_remote_code:
+        options["trust_remote_code"] = True
+    if bundle.head != "prompt":
+        options |= {"num_labels": bundle.config.num_labels, "pad_token_id": bundle.config.pad_token_id}
+    words = ", ".join([repr(source.name), *(f"{name}={value!r}" for name, value in options.items())])
+    return f"transformers.{auto_class(bundle.family, bundle.head).__name__}.from_pretrained({words})"

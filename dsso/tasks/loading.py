@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
-from dsso.config import TaskConfig
+from dsso.config import TaskConfig, removal
 from dsso.errors import RecipeError
 from dsso.tasks import builtin, glue, superglue, text
 from dsso.tasks.base import Example, Task, TaskSpec
@@ -129,7 +129,7 @@ def _generated(config: TaskConfig, seed: int) -> dict[str, list[Example]]:
                 "the builtin task generates its examples and reads no files",
                 where=f"dsso.task.{name}",
                 got=getattr(config, name),
-                remedy=f"remove {name}, or name another task",
+                remedy=removal(f"dsso.task.{name}", ", or name another task"),
             )
     return builtin.generate(seed)
 

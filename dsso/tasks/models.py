@@ -18,7 +18,7 @@ from torch import nn
 
 from dsso.config import ModelConfig, PeftConfig, TaskConfig
 from dsso.errors import RecipeError
-from dsso.tasks import tiny
+from dsso.tasks import hub, tiny
 from dsso.tasks.base import Task
 
 Family = Literal["seq2seq", "encoder", "causal"]
@@ -45,6 +45,10 @@ class ModelBundle:
     """Seed of new weights."""
     peft: PeftConfig | None = None
     """What `adapters.apply` added."""
+    source: ModelConfig | None = None
+    """What `load` was asked for."""
+    task: str = ""
+    """Name of the task that it was loaded for."""
 
     @property
     def config(self) -> Any:
@@ -99,7 +103,16 @@ def load(
     with seeded(task.seed):
         model = _build(model_config, place, config, family, head, mean_pooled, chosen)
     _checkpointing(model, model_config)
-    return ModelBundle(model, tokenizer, family, head, model_config.name, task.seed)
+    return ModelBundle(
+        model,
+        tokenizer,
+        family,
+        head,
+        model_config.name,
+        task.seed,
+        source=model_config,
+        task=task.spec.name,
+    )
 
 
 def on_meta(
@@ -196,9 +209,11 @@ def choose_head(family: Family, task: Task, task_config: TaskConfig) -> Head:
 
 def _place(model_config: ModelConfig) -> tuple[str, bool]:
     """Path or hub name, and whether the encoder is used through mean pooling."""
+    name = model_config.name
+    if name not in BUILT_IN and not Path(name).is_dir():
+        hub.prefer_cache()
     from dsso.tasks.pooling import is_mean_pooled
 
-    name = model_config.name
     if name == MINILM:
         spec = importlib.util.find_spec(MINILM_PACKAGE)
         if spec is None or spec.origin is None:
@@ -224,7 +239,7 @@ def _tokenizer_and_config(model_config: ModelConfig, place: str, needed: bool) -
     try:
         config = AutoConfig.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise _not_found(model_config.name, error) from error
+        raise _not_found(model_config.name, error, weights=needed) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:  # a directory with nothing but a configuration fails in many ways
@@ -239,14 +254,18 @@ def _tokenizer_and_config(model_config: ModelConfig, place: str, needed: bool) -
     return tokenizer, config
 
 
-def _not_found(name: str, error: Exception) -> RecipeError:
+def _not_found(name: str, error: Exception, weights: bool = True) -> RecipeError:
     reason = str(error).strip().splitlines()
+    remedy = "correct the name; for a hub name check the network, or give a local directory"
+    if not weights:
+        remedy += " (for --check one with nothing but the model's config.json is enough)"
     return RecipeError(
-        f"the model cannot be loaded ({type(error).__name__}: {reason[0] if reason else 'no reason given'})",
+        f"the model cannot be loaded ({type(error).__name__}: {reason[0] if reason else 'no reason given'})"
+        f"{'' if Path(name).is_dir() else hub.words()}",
         where="dsso.model.name",
         got=name,
         allowed=(*BUILT_IN, "a local directory", "a hub name such as google-t5/t5-small"),
-        remedy="correct the name; for a hub name check the network, or give a local directory",
+        remedy=remedy,
     )
 
 
@@ -259,7 +278,8 @@ def _override_dropout(config: Any, probability: float | None) -> None:
             setattr(config, name, probability)
 
 
-def _auto_class(family: Family, head: Head) -> Any:
+def auto_class(family: Family, head: Head) -> Any:
+    """The class of transformers that makes a model of a family with a head."""
     import transformers
 
     if head != "prompt":
@@ -291,7 +311,7 @@ def _build(
             if pooled:
                 random: nn.Module = MeanPoolClassifier(config).to(dtype)
                 return random
-            built: nn.Module = _auto_class(family, head).from_config(config, **options)
+            built: nn.Module = auto_class(family, head).from_config(config, **options)
             return built
         if model_config.revision is not None:
             options["revision"] = model_config.revision
@@ -301,7 +321,7 @@ def _build(
             encoder = transformers.AutoModel.from_pretrained(place, config=config, **options)
             classifier: nn.Module = MeanPoolClassifier(config, encoder).to(dtype)
             return classifier
-        model, info = _auto_class(family, head).from_pretrained(
+        model, info = auto_class(family, head).from_pretrained(
             place, config=config, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError) as error:

@@ -10,6 +10,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dsso.config import removal
 from dsso.errors import RecipeError
 from dsso.tasks.base import Task
 
@@ -99,7 +100,7 @@ def choose_verbalizer(task: Task, words: Sequence[str] | None) -> tuple[str, ...
             f"the task {task.spec.name!r} has no classes, so a verbalizer has no meaning",
             where=where,
             got=list(words),
-            remedy="remove the verbalizer",
+            remedy=removal("dsso.task.verbalizer"),
         )
     if len(words) != len(labels):
         raise RecipeError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsso.errors import RecipeError
+from dsso.tasks import hub
 from dsso.tasks.base import Example, Row, TaskSpec
 
 SPLITS = ("train", "validation", "test")
@@ -74,7 +75,8 @@ def _parse_line(line: str, path: Path, number: int) -> Row:
         cut = not line.endswith("\n") or not line.rstrip().endswith("}")
         what = "the line is cut short" if cut else "the line is no valid JSON"
         raise RecipeError(
-            f"{what} ({error.msg} at column {error.colno})",
+            # some of json's messages end with "at" themselves
+            f"{what} ({error.msg.removesuffix(' at')} at column {error.colno})",
             where=where,
             got=line.strip()[-60:],
             allowed="one complete JSON object per line",
@@ -172,6 +174,7 @@ def _hub(spec: TaskSpec) -> Source:
 
 
 def _load_from_hub(spec: TaskSpec, split: str) -> Sequence[Row]:
+    hub.prefer_cache()
     import datasets
 
     try:
@@ -186,7 +189,8 @@ def _load_from_hub(spec: TaskSpec, split: str) -> Sequence[Row]:
             )
     except Exception as error:
         raise DataMissing(
-            f"the split {split!r} could not be loaded from the hub ({type(error).__name__}: {error})",
+            f"the split {split!r} could not be loaded from the hub ({type(error).__name__}: {error})"
+            f"{hub.words()}",
             where=f"task {spec.name}, {spec.hub}",
             remedy=f"check the network, or set dsso.task.data_dir (or ${ENVIRONMENT}) to a directory with "
             f"{spec.name}/train.jsonl and {spec.name}/validation.jsonl",
@@ -240,7 +244,20 @@ def _renamed(spec: TaskSpec, raw: Row, renamed: Mapping[str, str], table: Table,
                 remedy=f'name it in dsso.task.columns, as in {{"{name}": "<column of the file>"}}',
             )
         row[name] = raw[actual]
+        # a null label is refused as a label that does not exist
+        if name != spec.label_column and _holds_null(raw[actual]):
+            raise RecipeError(
+                f"the column {actual!r} is null",
+                where=table.place(index),
+                got=str(dict(raw))[:80],
+                allowed="a text, which may be empty",
+                remedy="write the text, or remove the row",
+            )
     return row
+
+
+def _holds_null(value: object) -> bool:
+    return value is None or (isinstance(value, list) and None in value)
 
 
 def _example(spec: TaskSpec, row: Row, table: Table, index: int) -> Example | None:

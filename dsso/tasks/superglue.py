@@ -6,7 +6,7 @@ questions with two answers, ReCoRD becomes free text: the entity that fills the 
 
 from __future__ import annotations
 
-from dsso.tasks.base import Row, TaskSpec
+from dsso.tasks.base import Row, TaskSpec, answer_text
 
 HUB = "aps/super_glue"
 
@@ -57,7 +57,7 @@ def _record(row: Row) -> dict[str, str]:
 
 
 def _record_answers(row: Row) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(str(answer) for answer in row["answers"]))
+    return tuple(dict.fromkeys(answer_text(answer) for answer in row["answers"]))
 
 
 SPECS = (

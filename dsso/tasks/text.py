@@ -6,16 +6,16 @@ Sources of the data: SST-5 (Socher et al. 2013), TREC (Li and Roth 2002; the six
 
 from __future__ import annotations
 
-from dsso.tasks.base import Row, TaskSpec
+from dsso.tasks.base import Row, TaskSpec, answer_text
 
 
 def _squad_answers(row: Row) -> tuple[str, ...]:
-    return tuple(str(text) for text in row["answers"]["text"])
+    return tuple(answer_text(text) for text in row["answers"]["text"])
 
 
 def _drop_answers(row: Row) -> tuple[str, ...]:
     # an answer of several spans is one text; annotators' alternatives are not part of the hub's rows
-    spans = [str(span) for span in row["answers_spans"]["spans"]]
+    spans = [answer_text(span) for span in row["answers_spans"]["spans"]]
     return (", ".join(dict.fromkeys(spans)),)
 
 

@@ -109,6 +109,7 @@ def test_a_torchvision_for_another_torch_is_removed(project: Project) -> None:
     done = project.source(PYTHONPATH=str(project.root))
     assert done.returncode == 0
     assert any(line.endswith("-y torchvision") for line in project.asked())
+    assert "removing torchvision" in done.stderr, "the user's own environment is not changed in silence"
     broken.write_text("")
     pins = project.root / "constraints.txt"
     pins.write_text(pins.read_text() + "\n# changed\n")
@@ -149,3 +150,17 @@ def test_root_installs_a_missing_compiler(project: Project) -> None:
     commands = [line for line in project.asked() if line.startswith("apt-get")]
     assert commands[0].startswith("apt-get update")
     assert commands[1].split()[-1] == "g++"
+
+
+def test_the_environment_of_the_project_is_to_be_activated(project: Project) -> None:
+    """The reminder comes where `.venv` was made or found by the script, and not where the user has one active."""
+    script = f"source {project.root}/launch/env.sh; dsso_remind"
+    hint = "first: . .venv/bin/activate"
+    own = {name: value for name, value in os.environ.items() if name not in {"VIRTUAL_ENV", "CONDA_PREFIX"}}
+    shutil.copytree(project.env, project.root / ".venv")
+    for env, told in ((own, True), ({**own, "VIRTUAL_ENV": str(project.env)}, False)):
+        words = ["bash", "-c", f"set -euo pipefail; {script}"]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (hint in done.stderr) == told
+    assert "dsso_remind" in (ROOT / "launch" / "quickstart.sh").read_text().splitlines()[-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.house.files import ROOT, python_files, short
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_version", "errors", "linalg", "schedule", "config"),
+    ("_version", "errors", "files", "linalg", "schedule", "config"),
     ("curvature", "parallel"),
     ("clip", "optim"),
     ("engines",),

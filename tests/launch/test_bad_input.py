@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed
 
-from tests.launch.runs import train, write_recipe
+from tests.conftest import Command
+from tests.launch.runs import ROOT, train, write_recipe
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -203,6 +205,13 @@ def test_check_tells_everything_and_starts_nothing(
     assert "nothing was started (--check)" in told
     assert train(monkeypatch, *arguments[:-3], "--set", "optimizer.params.dampin=1", "--check") == 2
     assert "optimizer.params.dampin: unknown key" in capfd.readouterr().err
+
+
+def test_an_interpreter_without_torch_is_told(command: Command) -> None:
+    done = command([sys.executable, "-S", ROOT / "launch/train.py"], env={"PYTHONPATH": ""})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {sys.executable} has no package 'torch'\n  remedy: ")
+    assert "activate" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_tracebacks_on_request(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:

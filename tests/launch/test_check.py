@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
-from tests.launch.runs import train, write_recipe
+from dsso.tasks import hub
+from tests.conftest import Command
+from tests.launch.runs import ROOT, train, write_recipe
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 
 
-def check(monkeypatch: Patch, capfd: Capture, recipe: Path, *more: object) -> str:
-    """What `--check` prints."""
-    assert (
-        train(monkeypatch, "--ds_config", recipe, "--output_dir", recipe.parent / "out", "--check", *more)
-        == 0
+def check(monkeypatch: Patch, capfd: Capture, recipe: Path, *more: object, expected: int = 0) -> str:
+    """What `--check` prints; its status says whether the run fits."""
+    status = train(
+        monkeypatch, "--ds_config", recipe, "--output_dir", recipe.parent / "out", "--check", *more
     )
+    assert status == expected
     assert not (recipe.parent / "out").exists()
     return capfd.readouterr().out
 
@@ -31,7 +37,7 @@ def test_a_plan_for_other_ranks(tmp_path: Path, monkeypatch: Patch, capfd: Captu
     assert "KFAC, DeepSpeed ZeRO 1, float32, 4 rank(s)" in several
     assert "batch        32 = 4 a rank x 2 accumulated x 4 rank(s)" in several
     assert "fits         1.00 GB" in several
-    tight = check(monkeypatch, capfd, recipe, "--world_size", 4, "--gpu_memory", 0.001)
+    tight = check(monkeypatch, capfd, recipe, "--world_size", 4, "--gpu_memory", 0.001, expected=1)
     assert "does not fit 1.00 MB" in tight
     assert "planned" in tight[tight.index("does not fit 1.00 MB") :]
 
@@ -83,3 +89,71 @@ def test_what_is_wrong_stays_wrong(tmp_path: Path, monkeypatch: Patch, capfd: Ca
         ({"dsso.task.max_length": 5000}, "the model reads at most"),
     ):
         assert word in refused(write_recipe(tmp_path, changes), "--check", "--world_size", 2)
+
+
+@pytest.fixture
+def nowhere(monkeypatch: Patch) -> Iterator[dict[str, str]]:
+    """Environment of a machine that cannot resolve the hub's name."""
+    env = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "DSSO_DATA"), "")
+    env |= dict.fromkeys(("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"), "")
+    env["HF_ENDPOINT"] = "https://hub.invalid"
+    for name in env:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", env["HF_ENDPOINT"])
+    hub.unreachable.cache_clear()
+    yield env
+    hub.unreachable.cache_clear()
+
+
+def test_without_a_network_only_the_cache_is_looked_at(
+    nowhere: dict[str, str], tmp_path: Path, command: Command
+) -> None:
+    nowhere["HF_HOME"] = str(tmp_path / "cache")
+    words = [
+        sys.executable,
+        ROOT / "launch/train.py",
+        "--output_dir",
+        tmp_path / "out",
+        "--check",
+        "--ds_config",
+    ]
+    data = command([*words, write_recipe(tmp_path, {"dsso.task.name": "rte"})], env=nowhere)
+    assert data.returncode == 0, data.stderr
+    told = next(line for line in data.stdout.splitlines() if line.startswith("data "))
+    assert "not here" in told and "hub.invalid cannot be resolved, so only the cache was looked at" in told
+    changes = {"dsso.model.name": "some/model", "dsso.task.name": "rte"}
+    model = command([*words, write_recipe(tmp_path, changes)], env=nowhere)
+    assert model.returncode == 2
+    assert model.stderr.count("hub.invalid cannot be resolved") == 1
+    assert "for --check one with nothing but the model's config.json is enough" in model.stderr
+    assert "Retry" not in data.stderr + model.stderr
+
+
+def test_when_the_hub_is_taken_for_unreachable(nowhere: dict[str, str], monkeypatch: Patch) -> None:
+    asked: list[Any] = []
+
+    def resolve(host: str, port: object, *more: object, known: bool = False) -> list[Any]:
+        asked.append(host)
+        if not known:
+            raise socket.gaierror(-2, "Name or service not known")
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    assert hub.unreachable() == "hub.invalid" and hub.unreachable() == "hub.invalid"
+    assert asked == ["hub.invalid"], "asked once"
+    for name, value in (("HF_HUB_OFFLINE", "0"), ("https_proxy", "http://a:1"), ("ALL_PROXY", "http://a:1")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            hub.unreachable.cache_clear()
+            assert hub.unreachable() is None
+    assert len(asked) == 1, "what the user has said is not asked"
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **o: resolve(*a, known=True))
+    hub.unreachable.cache_clear()
+    assert hub.unreachable() is None and hub.words() == ""
+
+
+def test_nothing_is_asked_for_what_is_built_in(
+    nowhere: dict[str, str], tmp_path: Path, monkeypatch: Patch, capfd: Capture
+) -> None:
+    monkeypatch.setattr(hub, "prefer_cache", lambda: pytest.fail("the hub was thought of"))
+    check(monkeypatch, capfd, write_recipe(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 import torch
 
 from dsso import checkpoint
+from dsso.tasks.models import MINILM_PACKAGE
 from launch.loop import Loop
+from launch.progress import Progress
+from tests.conftest import Command
 from tests.launch.runs import ROOT, checkpoints, lines, summary, train, write_recipe
 
 Capture = pytest.CaptureFixture[str]
@@ -194,6 +198,37 @@ def test_other_recipes_run(changes: dict[str, Any], tmp_path: Path, monkeypatch:
     assert found["skipped_steps"] == 0
     assert 0 <= found["test_metric"] <= 1
     assert (out / "adapter").exists() == (changes.get("dsso.peft") != {"type": "none"})
+
+
+def test_a_batch_beyond_the_training_set_is_said(tmp_path: Path, monkeypatch: Patch, capfd: Capture) -> None:
+    recipe = write_recipe(tmp_path, {"dsso.task.train_examples": 7, "dsso.train.max_steps": 1})
+    words = "train_batch_size 8 is larger than the training set (7 examples)"
+    arguments = ("--ds_config", recipe, "--output_dir", tmp_path / "out")
+    assert train(monkeypatch, *arguments, "--check") == 0
+    assert f"note         {words}" in capfd.readouterr().out
+    assert train(monkeypatch, *arguments) == 0
+    assert words in capfd.readouterr().out
+    assert (
+        train(monkeypatch, *arguments, "--check", "--resume", "auto", "--set", "dsso.task.train_examples=8")
+        == 0
+    )
+    assert "is larger than the training set" not in capfd.readouterr().out
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec(MINILM_PACKAGE) is None, reason="the package with the MiniLM weights is missing"
+)
+def test_no_bars_in_a_log(tmp_path: Path, command: Command) -> None:
+    changes = {"dsso.model.name": "minilm", "dsso.train": {"max_steps": 1}, "dsso.task.eval_examples": 4}
+    words = [sys.executable, ROOT / "launch/train.py", "--ds_config", write_recipe(tmp_path, changes)]
+    done = command([*words, "--output_dir", tmp_path / "out"])
+    assert done.returncode == 0, done.stderr
+    assert "Loading weights" not in done.stdout + done.stderr
+
+
+def test_a_small_clip_scale_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    Progress(0, 10, speak=True).figures(3, {"loss": 1.0, "clip_scale": 0.003127, "seconds": 1.0})
+    assert "clip 0.00313" in capsys.readouterr().out
 
 
 def test_debug_logs_every_step(tmp_path: Path, monkeypatch: Patch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsso.engines.quiet import IRRELEVANT
 from tests.conftest import Command
 from tests.launch.runs import (
     ROOT,
@@ -44,7 +45,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = launcher("--ds_config", write_recipe(folder, PLAIN), "--output_dir", folder / "out")
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "told").write_text(done.stdout + done.stderr)
     return folder / "out"
+
+
+def test_a_healthy_run_draws_no_alarm(whole: Path) -> None:
+    # what comes before is said by the launcher's own processes
+    told = (whole.parent / "told").read_text().rpartition("spawned with command")[2]
+    assert "finished after 10 steps" in told
+    for part in IRRELEVANT:
+        assert part not in told
+    assert "Loading weights" not in told
 
 
 def test_two_ranks_do_what_one_does(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +155,13 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path, command: Command) -> N
     assert done.returncode != 0
     told = done.stdout + done.stderr
     assert "rank 0: another rank has ended, or did not answer within dsso.train.timeout_minutes" in told
+    assert "a rank that was killed from outside" in told
+    newest = tmp_path / "out" / "checkpoints" / "step_00000004"
+    assert f"remedy: --resume auto goes on from {newest}" in told
+    error = next(
+        line for line in told.splitlines() if line.startswith(("RuntimeError: ", "torch.distributed"))
+    )
+    assert told.count(error.partition(": ")[2][:60]) == 1, "the traceback has it"
     # what was written before is whole
     assert checkpoints(tmp_path / "out") == ["step_00000004"]
     assert [line["step"] for line in lines(tmp_path / "out")] == [2, 4]

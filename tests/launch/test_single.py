@@ -62,6 +62,13 @@ def test_what_a_run_writes(whole: Path) -> None:
     assert checkpoints(whole) == ["step_00000008", "step_00000010"]
 
 
+def test_every_file_has_the_permissions_that_the_umask_leaves(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "probe").touch()
+    ordinary = (tmp_path / "probe").stat().st_mode
+    other = [path for path in whole.rglob("*") if path.is_file() and path.stat().st_mode != ordinary]
+    assert other == []
+
+
 def test_what_the_summary_says(whole: Path) -> None:
     found = summary(whole)
     values = [line["eval"] for line in lines(whole, steps=False)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+from pathlib import Path
 
 import peft
 import pytest
@@ -14,7 +17,12 @@ from dsso import tasks
 from dsso.config import ModelConfig, TaskConfig
 from dsso.errors import RecipeError, RunError
 from dsso.tasks import bottleneck
+from dsso.tasks.models import MINILM_PACKAGE
 
+ROOT = Path(__file__).resolve().parents[2]
+has_minilm = pytest.mark.skipif(
+    importlib.util.find_spec(MINILM_PACKAGE) is None, reason="the package with the MiniLM weights is missing"
+)
 MODELS = ("tiny-t5", "tiny-roberta", "tiny-bert", "tiny-opt", "tiny-llama")
 KINDS = {
     "lora": {"type": "lora"},
@@ -117,6 +125,78 @@ def test_what_is_exported_comes_back(make, name, kind, tmp_path):
     else:
         other.bundle.model = peft.PeftModel.from_pretrained(other.bundle.model, tmp_path)
     torch.testing.assert_close(logits(other), expected, rtol=1e-5, atol=1e-5)
+
+
+def blocks(page):
+    """The Python blocks of a page."""
+    return [block.split("```")[0] for block in page.read_text().split("```python\n")[1:]]
+
+
+def nudged(made):
+    """Move what is trained away from its start; returns it by name."""
+    with torch.no_grad():
+        for parameter in trained(made.bundle.model).values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return trained(made.bundle.model)
+
+
+@pytest.mark.parametrize("kind", ["lora", "houlsby", "prefix"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("minilm", marks=has_minilm), "tiny-bert", "tiny-t5", "tiny-opt head", "directory"]
+)
+def test_the_readme_of_an_adapter_reads_it_back(make, name, kind, tmp_path):
+    task = {"head": "classification"} if name.endswith("head") else {}
+    if name == "directory":
+        saved = make("tiny-roberta", seed=5)
+        saved.bundle.model.save_pretrained(tmp_path / "model")
+        saved.bundle.tokenizer.save_pretrained(tmp_path / "model")
+    source = str(tmp_path / "model") if name == "directory" else name.split()[0]
+    made = make(source, KINDS[kind], seed=3, **task)
+    folder = tmp_path / "adapter"
+    tasks.adapters.export(made.bundle, nudged(made), folder)
+    expected = logits(made)
+    found = blocks(folder / "README.md")
+    # a class of transformers makes the same base only where this project has not built the model itself
+    assert len(found) == (2 if name == "directory" and kind != "houlsby" else 1)
+    for text in found:
+        scope = {"directory": str(folder)}
+        exec(text, scope)
+        batch = made.batch()
+        with torch.no_grad():
+            again = made.ready.logits(scope["model"].eval()(**batch.inputs), batch)[0]
+        torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
+
+
+@has_minilm
+def test_the_page_about_tasks_reads_an_adapter_of_minilm_back(make, tmp_path, monkeypatch):
+    made = make("minilm", {"type": "lora"})
+    tasks.adapters.export(made.bundle, nudged(made), tmp_path / "out" / "adapter")
+    monkeypatch.chdir(tmp_path)
+    text = next(block for block in blocks(ROOT / "docs" / "tasks.md") if "minilm" in block)
+    scope = {}
+    exec(text, scope)
+    batch = made.batch()
+    with torch.no_grad():
+        again = made.ready.logits(scope["model"].eval()(**batch.inputs), batch)[0]
+    torch.testing.assert_close(again, logits(made), rtol=1e-5, atol=1e-5)
+
+
+def test_names_of_heads_are_written_once(make, tmp_path):
+    made = make("tiny-bert", KINDS["lora"])
+    tasks.adapters.export(made.bundle, trained(made.bundle.model), tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
+    assert "classifier" in written and len(written) == len(set(written))
+
+
+@pytest.mark.parametrize("kind", [None, "lora", "houlsby"])
+def test_permissions_of_an_export_are_those_of_the_umask(make, tmp_path, kind):
+    made = make("tiny-bert", KINDS.get(kind))
+    before = os.umask(0o027)
+    try:
+        tasks.adapters.export(made.bundle, trained(made.bundle.model), tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").iterdir()} == {0o640}
 
 
 def test_a_model_that_was_trained_whole_comes_back_by_its_path(make, tmp_path):

@@ -108,6 +108,7 @@ def test_a_truncated_line(write, tmp_path):
     write("rte", train=whole + '{"sentence1": "a", "sente', validation=rte(4))
     text = message(data_dir=str(tmp_path))
     assert "train.jsonl line 5" in text and "cut short" in text and "remove the line" in text
+    assert "Unterminated string starting at column 20" in text
 
 
 def test_a_broken_line_in_the_middle_counts_blank_ones(write, tmp_path):
@@ -132,6 +133,50 @@ def test_answers_of_another_form(write, tmp_path):
     write("squad", train=[row], validation=[row])
     text = message(name="squad", data_dir=str(tmp_path))
     assert "train.jsonl line 1" in text and "'answers'" in text
+
+
+@pytest.mark.parametrize("rename", [False, True])
+def test_a_text_that_is_null(write, tmp_path, rename):
+    rows = rte(3)
+    rows[1]["sentence1"] = None
+    columns = None
+    if rename:
+        for row in rows:
+            row["premise"] = row.pop("sentence1")
+        columns = {"sentence1": "premise"}
+    write("rte", train=rows, validation=rows)
+    text = message(data_dir=str(tmp_path), columns=columns)
+    column = "premise" if rename else "sentence1"
+    assert f"train.jsonl line 2: the column {column!r} is null" in text and "remove the row" in text
+
+
+def test_columns_that_are_not_read_may_be_null(write, tmp_path):
+    rows = [{**row, "idx": None, "note": None} for row in rte(4)]
+    write("rte", train=rows, validation=rows)
+    task = tasks.load_task(TaskConfig(name="rte", data_dir=str(tmp_path)), 0)
+    assert "None" not in str([example.texts for example in task.train])
+
+
+RECORD = {"passage": "p", "query": "q", "entities": ["e"], "answers": ["e"]}
+SQUAD = {"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [None]}}
+DROP = {"passage": "p", "question": "q", "answers_spans": {"spans": ["a"], "types": [None]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "bad"),
+    [
+        ("record", RECORD, {"entities": ["e", None]}),
+        ("record", RECORD, {"answers": ["e", None]}),
+        ("squad", SQUAD, {"answers": {"text": ["a", None]}}),
+        ("drop", DROP, {"answers_spans": {"spans": [None]}}),
+    ],
+)
+def test_a_null_within_a_list(write, tmp_path, name, row, bad):
+    write(name, train=[row] * 3, validation=[row] * 3)
+    assert len(tasks.load_task(TaskConfig(name=name, data_dir=str(tmp_path)), 0).train) == 3
+    write(name, train=[row, {**row, **bad}], validation=[row] * 3)
+    text = message(name=name, data_dir=str(tmp_path))
+    assert "train.jsonl line 2" in text and "null" in text
 
 
 def test_the_directory_may_be_that_of_the_task_itself(write):
