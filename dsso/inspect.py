@@ -159,6 +159,13 @@ def words(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _kind(factor: dict[str, Any]) -> str:
+    kind, kept, used = str(factor["kind"]), factor["kept"], factor["used"]
+    if kept is None:
+        return kind
+    return f"{kind} {kept}" if used in (None, kept) else f"{kind} {kept}, {used} in use"
+
+
 def _row(factor: dict[str, Any]) -> tuple[str, ...]:
     remarks = ["failed"] * factor["failed"] + [f"{factor['pending']} under way"] * bool(factor["pending"])
     if factor["attempt"]:
@@ -170,7 +177,7 @@ def _row(factor: dict[str, Any]) -> tuple[str, ...]:
     rank = "-" if factor["rank"] is None else str(factor["rank"])
     return (
         factor["factor"],
-        factor["kind"] + (f" {factor['kept']}" if factor["kept"] else ""),
+        _kind(factor),
         f"{len(sides)}x{sides[0]}" if same else "+".join(map(str, sides)),
         str(factor["owner"]),
         "-" if factor["age"] is None else str(factor["age"]),

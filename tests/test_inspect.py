@@ -87,6 +87,18 @@ def test_low_rank_forms_and_what_is_under_way(tmp_path: Path) -> None:
     assert wide["condition"] == pytest.approx(float(values.max() / values.min()), rel=1e-3)
 
 
+def test_how_many_leading_pairs_are_in_use(tmp_path: Path, capsys: Capture) -> None:
+    engine = trained(low_rank=8, low_rank_above=15, low_rank_energy=0.25)
+    engine.save_checkpoint(tmp_path, "mine", {})
+    wide = next(one for one in inspect(tmp_path / "mine")["factors"] if one["factor"] == "0/a")
+    block = engine.optimizer.method.factors["0/a"].blocks[0]  # type: ignore[union-attr]
+    held = block.core_KK.diagonal().cumsum(0) / block.total
+    assert 0 < wide["used"] < wide["kept"] == 8
+    assert wide["used"] == int((held < 0.25).sum()) + 1
+    assert main([str(tmp_path / "mine")]) == 0
+    assert f"low rank 8, {wide['used']} in use" in capsys.readouterr().out
+
+
 def test_the_description(run: tuple[Path, SingleEngine], capsys: Capture) -> None:
     folder, engine = run
     assert main([str(folder / "checkpoints" / "step_00000004"), "--json"]) == 0

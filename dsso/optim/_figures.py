@@ -29,6 +29,8 @@ class FactorFigures:
     """Of the blocks on the diagonal."""
     kept: int | None
     """Eigenpairs kept by low-rank blocks; None where all are dense."""
+    used: int | None
+    """Those of them that the factorization tells apart from the tail (`low_rank_energy` leaves out some)."""
     ready: bool
     """There is a usable factorization."""
     mean: float
@@ -75,11 +77,17 @@ def figures(key: str, tensors: Mapping[str, Tensor], largest_side: int) -> Facto
         " and ".join(sorted(set(kinds))),
         tuple(sides),
         max(kept) if kept else None,
+        max(_used(block) for block in blocks if "basis" in block) if kept and ready else None,
         ready,
         trace / (weight * sum(sides)),
         rank,
         condition,
     )
+
+
+def _used(block: dict[str, Tensor]) -> int:
+    # In Q K Q^T + s I a direction of the tail has nothing in K but rounding.
+    return int((block["inverse"].diagonal().abs() > 1e-5 * block["tail"].abs()).sum())
 
 
 def _rank(blocks: list[dict[str, Tensor]]) -> int:
