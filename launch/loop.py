@@ -8,7 +8,7 @@ how the batch was split. Nothing here looks at a device value except on logging 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dsso import optim
 from dsso.checkpoint import Checkpoint, Checkpointer, CheckpointError, find, rng_state, set_rng_state
 from dsso.curvature.labels import sample_labels
 from dsso.diagnostics import MetricsLog, NoopWatch, SkipGuard
@@ -68,7 +69,8 @@ class Loop:
         self.checkpoints = Checkpointer(job.output_dir / "checkpoints", train.keep_last)
         self.progress = Progress(0, job.max_steps, speak=job.rank == 0)
         self._noop: NoopWatch | None = None
-        if job.recipe.is_method:
+        self._forward = optim.is_forward(job.recipe.optimizer_type)
+        if job.recipe.is_method and not self._forward:
             params = job.recipe.optimizer_config.model_dump()
             self._noop = NoopWatch(train.noop_window, job.recipe.optimizer_type, params)
         fp16 = job.recipe.ds_config.get("fp16", {})
@@ -137,6 +139,9 @@ class Loop:
         job, engine = self.job, self.engine
         gas = engine.gradient_accumulation_steps
         indices = global_batch(len(job.data.train), job.recipe.global_batch, job.seed, self.step)
+        if self._forward:
+            self._add(engine.step(partial(self._losses, indices)))
+            return
         terms = sum(job.data.terms(index) for index in indices) / (job.world_size * gas)
         for part in micro_batches(indices, job.rank, job.world_size, gas):
             batch = job.data.collate([job.data.train[index] for index in part], part).to(engine.device)
@@ -146,6 +151,16 @@ class Loop:
                 engine.sampled_pass(partial(self._sampled, batch, terms))
             engine.step()
             self._add(loss.detach())
+
+    def _losses(self, indices: Sequence[int]) -> Tensor:
+        """Sum of the losses and number of loss terms of this rank's share of a global batch."""
+        job, engine = self.job, self.engine
+        total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+        for part in micro_batches(indices, job.rank, job.world_size, engine.gradient_accumulation_steps):
+            batch = job.data.collate([job.data.train[index] for index in part], part).to(engine.device)
+            total[0] += job.data.loss_sum(engine(**batch.inputs), batch)
+            total[1] += sum(job.data.terms(index) for index in part)
+        return total
 
     def _sampled(self, batch: Batch, terms: float) -> Tensor:
         """Loss of a micro-batch at labels drawn from the model, over the terms of the global batch."""

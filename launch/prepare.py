@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dsso import optim
+from dsso import engines, optim
 from dsso.diagnostics import jsonable
 from dsso.errors import RecipeError
 from dsso.recipe import Recipe, ResolvedRecipe, load_recipe
@@ -148,6 +148,9 @@ def _refuse(recipe: ResolvedRecipe, model: nn.Module, rank: int, world_size: int
     """Refuse a model without work for the method, without allocating."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError("no parameter of the model is trainable", where="dsso.peft")
-    if recipe.is_method:
+    if optim.is_forward(recipe.optimizer_type):
+        # Without a launcher a run has one device, whatever the recipe says.
+        engines.check_forward(recipe.optimizer_type, recipe.dsso.engine if world_size > 1 else "single")
+    elif recipe.is_method:
         resolved = optim.resolve(recipe.optimizer_type)
         resolved.Method(recipe.optimizer_config, model, torch.device("meta"), rank, world_size).close()

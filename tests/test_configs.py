@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dsso import optim
 from dsso.optim.kfac import Config
 from dsso.recipe import Recipe, load_recipe
 
@@ -86,7 +85,8 @@ def test_its_name_and_its_comment_say_what_it_is(file: Path) -> None:
     method, *words = file.stem.split("_")
     assert method == recipe.optimizer_type.lower()
     assert recipe.dsso.comment
-    assert recipe.optimizer_type == "AdamW" or "K-FAC" in recipe.dsso.comment
+    told = {"KFAC": "K-FAC", "MEZO": "MeZO"}.get(recipe.optimizer_type, "")
+    assert told in recipe.dsso.comment
     model = recipe.dsso.model.name.lower().replace("-", "_")
     named = "_".join(words[:1] if words[0] == "minilm" else words[:2])
     assert named in model
@@ -133,7 +133,7 @@ def test_curvature_is_refreshed_early_and_the_newton_step_is_clipped(file: Path)
 
 def test_the_tests_have_every_stage_and_number_format() -> None:
     tiny = [load_recipe(file) for file in FILES if file.stem.split("_")[1] == "tiny"]
-    kfac = [recipe for recipe in tiny if recipe.optimizer_type in optim.available()]
+    kfac = [recipe for recipe in tiny if recipe.optimizer_type == "KFAC"]
     assert {recipe.zero_stage for recipe in kfac} == {0, 1, 2, 3}
     assert {recipe.precision.dtype for recipe in kfac} == {"float32", "bfloat16", "float16"}
     assert {recipe.dsso.peft.type for recipe in kfac} == {"none", "lora", "adapter", "prefix"}

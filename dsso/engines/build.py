@@ -13,11 +13,13 @@ from dsso.engines.base import EngineBase
 from dsso.engines.ddp import DDPEngine
 from dsso.engines.deepspeed import DeepSpeedEngine
 from dsso.engines.environment import Environment, bound_waits, launch_environment
+from dsso.engines.forward import ForwardEngine
 from dsso.engines.quiet import quiet
 from dsso.engines.single import SingleEngine
 from dsso.errors import RecipeError
-from dsso.optim import available, resolve
+from dsso.optim import available, is_forward, resolve
 from dsso.optim._partition import Clipping, PartitionOptimizer
+from dsso.optim._probes import ForwardOptimizer
 from dsso.optim._rules import Rule
 from dsso.parallel import collectives
 
@@ -58,6 +60,43 @@ def make_optimizer(
     return PartitionOptimizer(parameters, config.lr, rules, None, clipping)
 
 
+def check_forward(kind: str, engine: str) -> None:
+    """Refuse an engine that a method which needs only losses cannot run in yet.
+
+    Args:
+        kind: `optimizer.type`.
+        engine: the one that would be built.
+
+    Raises:
+        RecipeError: its weights are sharded.
+    """
+    if engine not in ("single", "ddp"):
+        raise RecipeError(
+            f"{kind} needs all weights on every rank in this version",
+            where="dsso.engine",
+            got=engine,
+            allowed=["single", "ddp"],
+            remedy="set dsso.engine to 'ddp', or start one process without a launcher",
+        )
+
+
+def make_forward_optimizer(model: nn.Module, kind: str, config: Any) -> ForwardOptimizer:
+    """The optimizer of a recipe whose method needs only losses, not attached to an engine yet.
+
+    Args:
+        model: the unwrapped model.
+        kind: `optimizer.type`.
+        config: its validated parameters.
+
+    Raises:
+        RecipeError: nothing is trained.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise RecipeError("no parameter of the model is trainable", where="dsso.peft")
+    return ForwardOptimizer(trainable, config.lr, resolve(kind).Method(config), kind.lower())
+
+
 def _baseline_rule(kind: str, config: Any, is_matrix: bool) -> Rule:
     """AdamW, Adam or SGD; biases and norms are not decayed."""
     decay = config.weight_decay if is_matrix else 0.0
@@ -67,7 +106,7 @@ def _baseline_rule(kind: str, config: Any, is_matrix: bool) -> Rule:
     return Rule("adamw", 1.0, decay, coupled=coupled, betas=config.betas, eps=config.eps)
 
 
-def _scheduler(optimizer: PartitionOptimizer, section: dict[str, Any] | None) -> Any:
+def _scheduler(optimizer: torch.optim.Optimizer, section: dict[str, Any] | None) -> Any:
     """DeepSpeed's own scheduler classes, so that a recipe means the same without DeepSpeed's engine."""
     if not section:
         return None
@@ -120,8 +159,15 @@ def _build(
         # Every engine rounds the weights anyway. Before the method looks at the model, because an adapter that was
         # made in fp32 reads a cast copy, and its layers would not be seen to read one tensor.
         model.to(resolved.precision.torch_dtype)
+    forward = is_forward(resolved.optimizer_type)
+    if forward:
+        check_forward(resolved.optimizer_type, engine)
     if engine in ("single", "ddp"):
         model.to(device)
+    if forward:
+        carrier = make_forward_optimizer(model, resolved.optimizer_type, resolved.optimizer_config)
+        scheduler = _scheduler(carrier, ds_config.get("scheduler"))
+        return ForwardEngine(model, carrier, device, resolved.gas, resolved.micro_batch, scheduler)
     optimizer = make_optimizer(
         model, resolved.optimizer_type, resolved.optimizer_config, device, clip, example
     )

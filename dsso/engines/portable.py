@@ -79,14 +79,14 @@ def _write(engine: EngineBase, folder: Path, client_state: Mapping[str, Any]) ->
 
 
 def _description(engine: EngineBase, client_state: Mapping[str, Any]) -> dict[str, Any]:
-    method, scheduler = engine.optimizer.method, getattr(engine, "scheduler", None)
+    scheduler = getattr(engine, "scheduler", None)
     return {
         "format": FORMAT,
         "engine": engine.name,
         "stage": engine.stage,
         "world_size": engine.world_size,
         "dtype": engine.dtype,
-        "method": None if method is None else _method_name(engine),
+        "method": engine.optimizer.method_name,
         "global_steps": engine.global_steps,
         "lr": engine.lr(),
         "recipe_lr": engine.optimizer.defaults["lr"],
@@ -104,10 +104,6 @@ def _parameters(engine: EngineBase) -> dict[str, dict[str, Any]]:
         name: {"shape": list(shape), "rule": rules[name].name, "moments": list(rules[name].moments)}
         for name, shape in engine.shapes.items()
     }
-
-
-def _method_name(engine: EngineBase) -> str:
-    return type(engine.optimizer.method).__module__.rsplit(".", 1)[-1]
 
 
 def _json(client_state: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +205,7 @@ def _compare(engine: EngineBase, found: Mapping[str, Any], directory: Path) -> N
             what, where=where, got=got, allowed=None if allowed is None else str(allowed), remedy=remedy
         )
 
-    method = None if engine.optimizer.method is None else _method_name(engine)
+    method = engine.optimizer.method_name
     if found["method"] != method:
         raise refuse("written with another optimizer", method, found["method"], "resume with that optimizer")
     mine, theirs = _parameters(engine), found["parameters"]

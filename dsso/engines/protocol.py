@@ -66,8 +66,13 @@ class Engine(Protocol):
                 sampled labels divided by `terms`, see `dsso.curvature.labels`.
         """
 
-    def step(self) -> None:
-        """One optimizer step when the accumulation window is complete, else nothing."""
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Any:
+        """One optimizer step when the accumulation window is complete, else nothing.
+
+        Args:
+            closure: for methods that need only losses: evaluates this rank's share of the batch and returns the sum
+                of the losses and the number of loss terms, [2]. They return the mean loss; the others take none.
+        """
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """True when the next `step()` updates the parameters."""

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from types import ModuleType
 
 from dsso.errors import RecipeError
+from dsso.optim._probes import ForwardMethod
 
 ENTRY_POINTS = "dsso.optimizers"
 
@@ -32,6 +33,17 @@ def _known() -> dict[str, str]:
 def available() -> list[str]:
     """Types that a recipe may name, in capitals as the recipes write them."""
     return sorted(name.upper() for name in _known())
+
+
+def is_forward(kind: str) -> bool:
+    """Whether a type is that of a method that needs only losses.
+
+    Args:
+        kind: the recipe's `optimizer.type`; False for a baseline.
+    """
+    if kind.lower() not in _known():
+        return False
+    return issubclass(resolve(kind).Method, ForwardMethod)
 
 
 def resolve(kind: str) -> ModuleType:

@@ -97,6 +97,11 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self._clip_events = torch.zeros(())
         self._failures = self._without = torch.zeros(())
 
+    @property
+    def method_name(self) -> str | None:
+        """Name of the method, as a recipe's `type` in lower case; None for a baseline."""
+        return None if self.method is None else type(self.method).__module__.rsplit(".", 1)[-1]
+
     # -- attachment ---------------------------------------------------------------------------------------------
 
     def attach(self, buffers: Sequence[Tensor], spans: Sequence[Span], sizes: Mapping[str, int]) -> SpanTable:

@@ -1,0 +1,174 @@
+"""The engine of methods that need only losses, on one device or on replicas: no gradients, no graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsso.engines.base import EngineBase
+from dsso.engines.shown import MasterWeights, SwappedWeights, weights_of
+from dsso.errors import RunError
+from dsso.optim._probes import ForwardOptimizer
+from dsso.parallel.averaging import same_everywhere
+
+_TOLERANCE = 1e-5
+"""Two evaluations of the same batch with the same weights may differ so much, relatively."""
+
+
+class ForwardEngine(EngineBase):
+    """Evaluates a model and moves its weights; with several ranks each has all weights and its share of the batch.
+
+    Args:
+        module: the model, on its device already; rank 0's weights are given to all.
+        optimizer: carries the method; it is attached here.
+        device: of this rank.
+        gradient_accumulation_steps: micro-batches that a closure is expected to evaluate.
+        micro_batch_size: examples per rank and micro-batch.
+        scheduler: learning-rate scheduler on the optimizer, or None.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: ForwardOptimizer,
+        device: torch.device,
+        gradient_accumulation_steps: int,
+        micro_batch_size: int,
+        scheduler: Any = None,
+    ) -> None:
+        carrier: Any = optimizer
+        super().__init__(module, carrier, device, gradient_accumulation_steps, micro_batch_size)
+        self.scheduler = scheduler
+        same_everywhere(p.detach() for p in chain(module.parameters(), module.buffers()))
+        self._weights: MasterWeights | SwappedWeights = weights_of(module)
+        self._forward: ForwardOptimizer = optimizer
+        optimizer.attach(self._weights, {piece.name: piece.base.numel() for piece in self._weights.pieces})
+        self._trusted = False
+
+    @property
+    def name(self) -> str:
+        """Name of the engine, as a recipe writes it."""
+        return "single" if self.world_size == 1 else "ddp"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward pass."""
+        return self.module(*args, **kwargs)
+
+    def table(self) -> list[dict[str, Any]]:
+        """Rows `parameter, shape, method, owner, reason` for every trainable parameter."""
+        method = self._forward.method_name.upper()
+        return [
+            {"parameter": name, "shape": shape, "method": method, "owner": None, "reason": ""}
+            for name, shape in self.shapes.items()
+        ]
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
+        """One step.
+
+        Args:
+            closure: evaluates this rank's share of the global batch and returns the sum of its losses and the number
+                of loss terms, [2]. It is called several times and has to give the same for the same weights.
+
+        Returns:
+            Mean loss over the evaluations, a scalar tensor.
+
+        Raises:
+            RunError: no closure, or one that is random.
+        """
+        if closure is None:
+            raise RunError(
+                "this method takes steps from losses alone",
+                where="engine.step",
+                remedy="call engine.step(closure) with a closure that returns the sum of the losses and the number of"
+                " loss terms",
+            )
+        with self._evaluating():
+            self._check(closure)
+            loss = self._forward.step(lambda: self._two(closure()))
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self._after_step()
+        return loss
+
+    def _two(self, found: Tensor) -> Tensor:
+        if not isinstance(found, Tensor) or found.shape != (2,):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise RunError(
+                "the closure must return two numbers: the sum of the losses and the number of loss terms",
+                where="engine.step",
+                got=shape,
+                allowed="a tensor of shape (2,)",
+            )
+        return found
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """No dropout and no graph; every module's mode is put back."""
+        modes = [(part, part.training) for part in self.module.modules()]
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for part, mode in modes:
+                part.training = mode
+
+    def _check(self, closure: Callable[[], Tensor]) -> None:
+        """Once: two evaluations of one batch must agree, or slopes would be made of noise."""
+        if self._trusted:
+            return
+        self._trusted = True
+        first, second = (self._two(closure()).double() for _ in range(2))
+        if torch.isfinite(first).all() and (first - second).abs().max() > _TOLERANCE * first.abs().max():
+            raise RunError(
+                "two evaluations of the same batch differ: something random is on in evaluation mode",
+                where="engine.step",
+                got=f"{first[0].item()!r} and {second[0].item()!r}",
+                remedy="switch off dropout that ignores module.eval(), or draw the batch outside the closure",
+            )
+
+    def backward(self, loss: Tensor, terms: float | Tensor | None = None) -> None:
+        """There are no gradients.
+
+        Raises:
+            RunError: always.
+        """
+        raise RunError(
+            "this method needs no gradients",
+            where="engine.backward",
+            remedy="call engine.step(closure) alone",
+        )
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Every step is one."""
+        return True
+
+    def publish_weights(self) -> None:
+        """Bring the model's weights in line with master copies."""
+        self._weights.publish()
+
+    def gathered_state_dict(self, trainable_only: bool = True) -> dict[str, Tensor]:
+        """Parameters by name, on the CPU."""
+        return {
+            n: p.detach().cpu().clone()
+            for n, p in self.module.named_parameters()
+            if p.requires_grad or not trainable_only
+        }
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite weights; see `dsso.engines.protocol.Engine.load_weights`."""
+        parameters = dict(self.module.named_parameters())
+        for name, value in self._known(tensors, parameters).items():
+            parameters[name].copy_(value)
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        if isinstance(self._weights, SwappedWeights):
+            self._weights.close()
+        self._close_hooks()

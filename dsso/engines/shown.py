@@ -1,0 +1,166 @@
+"""Weights that a model computes with for a while, in the place of its own: perturbed, and back again bit by bit.
+
+Two forms. Weights in fp32 are swapped block by block: while a block runs, its parameters point to a perturbed copy, and
+then to themselves again; at any time there is a copy of one block only, and nothing is ever written over. Weights in 16
+bits have a master copy in fp32, from which they are written as a whole, and a last time when the step is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from dsso.engines.units import blocks
+from dsso.optim._probes import Piece, Write
+from dsso.parallel.noise import clean
+
+_NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm")
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Trained parameters by cleaned name, a tied one under the first of its names."""
+    return {clean(n): p for n, p in module.named_parameters() if p.requires_grad}
+
+
+def decayed(module: nn.Module) -> set[int]:
+    """Identities of parameters that weight decay applies to: matrices, but not those of norms, by the owner's type."""
+    out = set()
+    for owner in module.modules():
+        if any(part in type(owner).__name__ for part in _NORMS):
+            continue
+        out |= {id(p) for name, p in owner.named_parameters(recurse=False) if name != "bias" and p.dim() > 1}
+    return out
+
+
+def _pieces(module: nn.Module, bases: dict[str, Tensor]) -> list[Piece]:
+    parameters, shrinking = trained(module), decayed(module)
+    return [Piece(name, 0, base.view(-1), id(parameters[name]) in shrinking) for name, base in bases.items()]
+
+
+class MasterWeights:
+    """Weights of 16 bits with an fp32 copy that is stepped.
+
+    Args:
+        module: the model; every rank has all of it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = trained(module)
+        bases = {n: p.detach().to(torch.float32, copy=True) for n, p in self._parameters.items()}
+        self.pieces: Sequence[Piece] = _pieces(module, bases)
+        self._moved = False
+
+    @contextmanager
+    def showing(self, write: Write | None) -> Iterator[None]:
+        """See `dsso.optim._probes.Weights`."""
+        if write is None and self._moved:
+            self.publish()
+        if write is not None:
+            self._moved = True
+            for piece in self.pieces:
+                write(piece.name, piece.start, piece.base, self._parameters[piece.name].data.view(-1))
+        yield
+
+    def publish(self) -> None:
+        """Round the master copies to the model's weights."""
+        for piece in self.pieces:
+            self._parameters[piece.name].data.view(-1).copy_(piece.base)
+        self._moved = False
+
+
+class SwappedWeights:
+    """Weights in fp32, perturbed block by block in copies.
+
+    Args:
+        module: the model; every rank has all of it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parameters = trained(module)
+        for parameter in parameters.values():
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+        self.pieces: Sequence[Piece] = _pieces(module, {n: p.detach() for n, p in parameters.items()})
+        self._names = {id(p): n for n, p in parameters.items()}
+        self._write: Write | None = None
+        # Parameters that point to a copy: themselves, what they point to otherwise, and by how many modules they are
+        # in use (a tied one may be met again within another's forward pass).
+        self._away: dict[int, tuple[nn.Parameter, Tensor, int]] = {}
+        self._handles: list[RemovableHandle] = []
+        units: list[nn.Module] = list(blocks(module))
+        inside = {id(part) for unit in units for part in unit.modules()}
+        for unit in units:
+            self._watch(unit, list(unit.parameters()))
+        for part in module.modules():
+            if id(part) not in inside:
+                self._watch(part, list(part.parameters(recurse=False)))
+
+    def _watch(self, unit: nn.Module, parameters: list[nn.Parameter]) -> None:
+        own = [p for p in parameters if id(p) in self._names]
+        if not own:
+            return
+        self._handles.append(unit.register_forward_pre_hook(lambda *_: self._swap(own), prepend=True))
+        # Also where the forward pass fails: what points to a copy must not stay so.
+        self._handles.append(unit.register_forward_hook(lambda *_: self._back(own), always_call=True))
+
+    def _swap(self, parameters: list[nn.Parameter]) -> None:
+        if self._write is None:
+            return
+        for parameter in parameters:
+            _, home, uses = self._away.get(id(parameter), (parameter, parameter.data, 0))
+            if not uses:
+                copy = torch.empty_like(home)
+                self._write(self._names[id(parameter)], 0, home.view(-1), copy.view(-1))
+                parameter.data = copy
+            self._away[id(parameter)] = (parameter, home, uses + 1)
+
+    def _back(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if id(parameter) not in self._away:
+                continue
+            _, home, uses = self._away.pop(id(parameter))
+            if uses > 1:
+                self._away[id(parameter)] = (parameter, home, uses - 1)
+            else:
+                parameter.data = home
+
+    @contextmanager
+    def showing(self, write: Write | None) -> Iterator[None]:
+        """See `dsso.optim._probes.Weights`."""
+        self._write = write
+        try:
+            yield
+        finally:
+            self._write = None
+            self.publish()
+
+    def publish(self) -> None:
+        """The pieces are the weights; what a pass that was broken off has left away comes back."""
+        for parameter, home, _ in self._away.values():
+            parameter.data = home
+        self._away.clear()
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def weights_of(module: nn.Module) -> Any:
+    """The form that fits the model's number format.
+
+    Args:
+        module: the model.
+
+    Raises:
+        ValueError: trained parameters of several formats, or of one that is not floating.
+    """
+    kinds = {p.dtype for p in trained(module).values()}
+    if len(kinds) > 1:
+        raise ValueError(f"trained parameters of one number format are needed, got {sorted(map(str, kinds))}")
+    return SwappedWeights(module) if kinds <= {torch.float32, torch.float64} else MasterWeights(module)

@@ -1,0 +1,216 @@
+"""The contract of methods that need only losses, and the optimizer that carries one through any engine.
+
+A step evaluates the loss at some points near the weights, and moves the weights along directions that are made again
+from a seed. Nothing that has the size of the weights is sent: ranks exchange sums and counts of losses.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dsso.optim._rules import Rule
+from dsso.parallel import collectives
+from dsso.parallel.fragments import Span, SpanTable
+
+Write = Callable[[str, int, Tensor, Tensor], None]
+"""`write(name, start, base, out)`: fill `out` with what the model shall compute with in the place of `base`, the
+elements from `start` on of a parameter; both are 1-D and contiguous."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of one parameter that this rank holds and moves.
+
+    Attributes:
+        name: of the parameter.
+        start: flat index of the first element in the whole parameter.
+        base: the weights themselves, 1-D; fp32 where there is a master copy.
+        decayed: weight decay applies.
+    """
+
+    name: str
+    start: int
+    base: Tensor
+    decayed: bool
+
+
+class Weights(Protocol):
+    """What an engine knows of the weights that a forward method moves."""
+
+    pieces: Sequence[Piece]
+
+    def showing(self, write: Write | None) -> AbstractContextManager[None]:
+        """Within it the model computes with what `write` gives; None: with the weights themselves."""
+
+    def publish(self) -> None:
+        """Bring the weights that the model computes with in line with the pieces."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One evaluation of the loss.
+
+    Attributes:
+        stream: number of the direction.
+        scale: of the perturbation; 0 evaluates at the weights themselves.
+    """
+
+    stream: int
+    scale: float
+
+
+class ForwardMethod(ABC):
+    """Turns losses at probes into a step."""
+
+    @abstractmethod
+    def probes(self, step: int) -> list[Probe]:
+        """Where the loss is evaluated in a step, in order; the same on every rank."""
+
+    @abstractmethod
+    def write(self, probe: Probe, step: int) -> Write | None:
+        """How the weights are perturbed for a probe; None: not at all."""
+
+    @abstractmethod
+    def slopes(self, losses: Tensor, step: int) -> Tensor:
+        """Estimates of the directional derivatives.
+
+        Args:
+            losses: [probes], in fp64.
+            step: number of the step.
+
+        Shapes:
+            result: [directions].
+        """
+
+    @abstractmethod
+    def update(self, pieces: Sequence[Piece], slopes: Tensor, step: int, lr: float) -> None:
+        """Move the weights, in place.
+
+        Args:
+            pieces: of this rank.
+            slopes: finite, from `slopes`, [directions].
+            step: number of the step.
+            lr: learning rate of the step.
+        """
+
+
+class ForwardOptimizer(torch.optim.Optimizer):
+    """Carries a forward method; its face to engines, checkpoints and loops is that of `PartitionOptimizer`.
+
+    Args:
+        parameters: those that are trained.
+        lr: learning rate; schedulers change it in `param_groups`.
+        method: what is carried.
+        name: of the method, as a recipe's `type` in lower case.
+
+    Attributes:
+        steps: steps taken, skipped ones included.
+        skipped: of them, how many left the weights alone.
+        consecutive_skips: skipped steps in a row.
+    """
+
+    method: None = None
+    """There is none that takes gradients."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, method: ForwardMethod, name: str) -> None:
+        super().__init__(list(parameters), {"lr": lr})
+        self.forward_method = method
+        self.method_name = name
+        self.steps = self.skipped = self.consecutive_skips = 0
+        self.rules: dict[str, Rule] = {}
+        self.table = SpanTable({}, ())
+        self._weights: Weights | None = None
+        self._figures: dict[str, float] = {}
+
+    def attach(self, weights: Weights, sizes: Mapping[str, int]) -> None:
+        """Learn what is held; collective.
+
+        Args:
+            weights: of the engine.
+            sizes: elements of every trained parameter, in model order.
+
+        Raises:
+            ValueError: when a parameter is not held completely.
+        """
+        spans = [Span(p.name, p.start, p.base.numel(), i, 0) for i, p in enumerate(weights.pieces)]
+        self.table = SpanTable.collect(sizes, spans)
+        self.table.check()
+        self.rules = dict.fromkeys(sizes, Rule("sgd"))
+        self._weights = weights
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
+        """One step; collective.
+
+        Args:
+            closure: evaluates this rank's share of the batch: sum of the losses and number of loss terms, [2].
+
+        Returns:
+            Mean loss over the probes, a scalar tensor.
+
+        Raises:
+            RuntimeError: without a closure, or before `attach`.
+        """
+        if closure is None or self._weights is None:
+            raise RuntimeError("this optimizer needs a closure that evaluates the loss, and weights attached")
+        method, step = self.forward_method, self.steps
+        found = []
+        try:
+            for probe in method.probes(step):
+                with self._weights.showing(method.write(probe, step)):
+                    found.append(closure().to(torch.float64))
+            sums = collectives.all_sum(torch.stack(found))
+            losses = sums[:, 0] / sums[:, 1]
+            slopes = method.slopes(losses, step)
+            # What is done next depends on these few numbers, which the host has to know for its seed log anyway.
+            good = bool(torch.isfinite(losses).all() & torch.isfinite(slopes).all())
+            if good:
+                method.update(self._weights.pieces, slopes, step, float(self.param_groups[0]["lr"]))
+        finally:
+            self._weights.publish()
+        self.skipped += not good
+        self.consecutive_skips = 0 if good else self.consecutive_skips + 1
+        self._figures = {"slope": float(slopes.abs().mean()), "forwards": float(len(found))}
+        self.steps += 1
+        return losses.mean()
+
+    # -- reports and state --------------------------------------------------------------------------------------
+
+    def health(self) -> dict[str, float]:
+        """Figures of the last step."""
+        skips = {"skipped_steps": float(self.skipped), "consecutive_skips": float(self.consecutive_skips)}
+        return {**self._figures, **skips} if self._figures else {}
+
+    def state_bytes(self) -> int:
+        """Bytes of state beside the model's own weights, on this rank: master copies."""
+        assert self._weights is not None
+        own = {p.data_ptr() for group in self.param_groups for p in group["params"]}
+        bases = [p.base for p in self._weights.pieces if p.base.data_ptr() not in own]
+        return sum(base.numel() * base.element_size() for base in bases)
+
+    def views(self, spans: Iterable[Span]) -> Iterator[tuple[str, Span, Tensor]]:
+        """Where weights lie: `(kind, span, 1-D view)`.
+
+        Args:
+            spans: of this rank, or parts of them.
+        """
+        assert self._weights is not None
+        for span in spans:
+            yield "weight", span, self._weights.pieces[span.buffer].base.narrow(0, span.offset, span.numel)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Host-side state, the same on all ranks."""
+        names = ("steps", "skipped", "consecutive_skips")
+        return {name: getattr(self, name) for name in names} | {"method": None}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `extra_state` returned."""
+        for name in ("steps", "skipped", "consecutive_skips"):
+            setattr(self, name, int(state[name]))

@@ -1,0 +1,25 @@
+"""Methods that need only losses, on two and four replicas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import scenarios
+
+HERE = Path(__file__).resolve().parent
+SCENARIOS = {"the_course_of_one_process": 4, "a_bad_loss_on_one_rank": 2}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def lines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> scenarios.Found:
+    """All scenarios, run once in one process group."""
+    out = tmp_path_factory.mktemp("forward") / "out.jsonl"
+    return scenarios.run(HERE / "forward_ranks.py", out, request.param, 200)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_scenario(scenario: str, lines: scenarios.Found) -> None:
+    scenarios.check(scenario, SCENARIOS, lines)
