@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from dsso.curvature import sharing
 from dsso.curvature.layers import KroneckerLayer
+from dsso.optim._kfac_config import Config
 from dsso.parallel.placement import FactorDims, LayerDims
-
-if TYPE_CHECKING:
-    from dsso.optim.kfac import Config
 
 
 def layer_dims(

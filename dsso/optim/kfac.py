@@ -21,123 +21,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dsso.clip import ClipMode
-from dsso.config import StrictModel
-from dsso.curvature.hooks import Approximation, Capture
+from dsso.curvature.hooks import Capture
 from dsso.curvature.layers import split_parameters
 from dsso.errors import RecipeError, RunError
-from dsso.linalg.kron import DampingMode
 from dsso.optim._factor import Factor
+from dsso.optim._kfac_config import BaseConfig, Config
 from dsso.optim._kfac_layout import layer_dims
 from dsso.optim._layer import LayerPair, precondition
 from dsso.optim._refresh import Refresh, Stagger
 from dsso.optim._rules import Rule
 from dsso.optim._statistics import Statistics
 from dsso.optim.base import GradientMethod
-from dsso.parallel.placement import Placement, Strategy, assign
-from dsso.schedule import Interval, ScalarSchedule, bounded, value
+from dsso.parallel.placement import Placement, assign
+from dsso.schedule import value
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class BaseConfig(StrictModel):
-    """The base method, for parameters that K-FAC does not take."""
-
-    type: Literal["SGD", "AdamW"] = "AdamW"
-    """Rule for the remaining parameters."""
-    lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the remaining parameters; null: that of K-FAC. Both follow one schedule."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """SGD: m <- momentum m + u."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW: decay of the first and second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW: added to the root of the second moment."""
-    weight_decay: float | None = Field(default=None, ge=0)
-    """Decoupled weight decay of matrices among the remaining parameters; null: that of K-FAC."""
-    applies_to: Literal["rest", "all"] = "rest"
-    """`all`: the preconditioned gradients pass through this rule as well, instead of SGD with momentum."""
-
-
-class Config(StrictModel):
-    """Parameters of K-FAC (`optimizer.params`)."""
-
-    lr: float = Field(default=0.05, gt=0)
-    """Learning rate of a Newton step; a scheduler section of the recipe multiplies it."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """m <- momentum m + u on preconditioned, clipped gradients."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled: weights (not biases, not norms) shrink by lr * weight_decay a step."""
-    damping: Annotated[ScalarSchedule, bounded(gt=0)] = 0.1
-    """`relative`: lambda over the product of the factors' mean eigenvalues; `absolute`: lambda itself. A schedule."""
-    damping_mode: DampingMode = "relative"
-    """`relative`: scale-free, split by pi. `absolute`: lambda split by pi. `absolute_each`: lambda on both factors."""
-    damping_floor: float = Field(default=1.0, ge=0)
-    """`relative`: lambda gets this multiple of the model's mean curvature on top, the same for every layer."""
-    factor_interval: Interval = Interval(((0, 1), (20, 10)))
-    """Steps between two measurements of A and G, with early repeats; null in a segment: never again."""
-    inverse_interval: Interval = Interval(((0, 1), (20, 100)))
-    """Steps between two factorizations, with early repeats; null in a segment: never again."""
-    ema_decay: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the debiased averages of the statistics, per measurement."""
-    fisher: Literal["empirical", "sampled", "forward_only"] = "empirical"
-    """Labels behind G: the data's, drawn from the model (one more pass), or none (G = I)."""
-    approximation: Approximation = "expand"
-    """Weight sharing over tokens: each token an example, or mean of inputs and sum of gradients."""
-    clip: ClipMode = "post"
-    """What `tau` bounds: nothing, the gradient norm (`pre`) or the Newton-step norm (`post`)."""
-    tau: Annotated[ScalarSchedule, bounded(gt=0)] = 1.0
-    """Largest norm over all trainable parameters and ranks, before the learning rate. A schedule."""
-    kl_clip: float | None = Field(default=None, gt=0)
-    """Bound on lr^2 <u, g>, on top of the clip; null: none."""
-    share_inputs: Literal["auto", "assume", "off"] = "auto"
-    """One A for layers that read the same tensor: found by trying, also through dropout, or never."""
-    token_stride: int = Field(default=1, ge=1)
-    """Measure every k-th token of a sequence only (`expand`); 1: all."""
-    low_rank: int | None = Field(default=None, ge=1)
-    """Keep sides above `low_rank_above` as so many leading eigenpairs and a mean tail; null: all dense."""
-    low_rank_energy: float | None = Field(default=None, gt=0, le=1)
-    """With `low_rank`: use the fewest leading ones of them that hold this share of the trace; null: all."""
-    low_rank_above: int = Field(default=256, ge=1)
-    """With `low_rank`: sides up to this stay dense."""
-    block_side: int | None = Field(default=8192, ge=1)
-    """Cut wider sides into equal blocks along the diagonal of the factor; null: never."""
-    max_side: int = Field(default=65536, ge=1)
-    """Layers with a wider side go to the base method."""
-    storage: Literal["float32", "bfloat16"] = "float32"
-    """Type in which dense factors and their factorizations are kept."""
-    stagger: bool = True
-    """Spread measurements and factorizations over their intervals, factor by factor."""
-    async_delay: int = Field(default=0, ge=0)
-    """Factorize in the background and use the result exactly so many steps later; 0: at once."""
-    strategy: Strategy = "memory_optimal"
-    """Who applies a layer's factors: its owner, every rank, or a fraction of the ranks."""
-    grad_worker_fraction: float = Field(default=0.5, gt=0, le=1)
-    """`hybrid_optimal`: fraction of the ranks that apply a layer's factors."""
-    bucket_mb: float = Field(default=25.0, gt=0)
-    """Megabytes (1e6 bytes) of statistics in a message."""
-    wire_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of statistics on the wire; counts are always exact."""
-    overlap: bool = True
-    """Send a factor's statistics as soon as the backward pass is through with it."""
-    accumulate: Literal["rank", "owner"] = "rank"
-    """Sums of a window of several micro-batches: on every rank up to the last pass, or sent to owners after each."""
-    exclude: list[str] = Field(default_factory=list)
-    """Regular expressions on module paths: these layers go to the base method."""
-    base: BaseConfig = BaseConfig()
-    """The base method."""
-
-    @model_validator(mode="after")
-    def _energy_of_something(self) -> Config:
-        if self.low_rank_energy is not None and self.low_rank is None:
-            raise ValueError("low_rank_energy chooses among the pairs of low_rank, which is not set")
-        return self
+__all__ = ["BaseConfig", "Config", "Method"]
 
 
 class Method(GradientMethod):

@@ -68,6 +68,16 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
+def dtype_of(model_config: ModelConfig, dtype: torch.dtype | None) -> torch.dtype:
+    """Type of a model's weights.
+
+    Args:
+        model_config: the recipe's `dsso.model`.
+        dtype: where its `dtype` is `auto`; None: fp32.
+    """
+    return _DTYPES[model_config.dtype] if model_config.dtype != "auto" else (dtype or torch.float32)
+
+
 def load(
     model_config: ModelConfig,
     task: Task,
@@ -99,7 +109,7 @@ def load(
         config.problem_type = "regression" if head == "regression" else "single_label_classification"
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = 0 if tokenizer is None else tokenizer.pad_token_id
-    chosen = _DTYPES[model_config.dtype] if model_config.dtype != "auto" else (dtype or torch.float32)
+    chosen = dtype_of(model_config, dtype)
     with seeded(task.seed):
         model = _build(model_config, place, config, family, head, mean_pooled, chosen)
     _checkpointing(model, model_config)
@@ -113,39 +123,6 @@ def load(
         source=model_config,
         task=task.spec.name,
     )
-
-
-def on_meta(
-    model_config: ModelConfig,
-    peft_config: PeftConfig,
-    task: Task,
-    task_config: TaskConfig,
-    dtype: torch.dtype | None = None,
-) -> ModelBundle:
-    """The model of a recipe with its adapters on the meta device: shapes without weights.
-
-    Of a hub model or a directory only the configuration is read. The tokenizer is None where there is none.
-
-    Args:
-        model_config: the recipe's `dsso.model`.
-        peft_config: the recipe's `dsso.peft`.
-        task: decides the number of labels; it needs no examples.
-        task_config: decides between a classification head and prompts.
-        dtype: type of all weights, those of adapters included, when `model_config.dtype` is `auto`.
-
-    Raises:
-        RecipeError: as `load` and `adapters.apply` do, except for what only the weights tell.
-    """
-    from dsso.tasks import adapters
-
-    architecture = model_config.model_copy(update={"init": "random"})
-    with torch.device("meta"):
-        bundle = load(architecture, task, task_config, dtype, need_tokenizer=False)
-        bundle = adapters.apply(bundle, peft_config)
-    chosen = _DTYPES[model_config.dtype] if model_config.dtype != "auto" else (dtype or torch.float32)
-    # Whatever a library has made elsewhere, and adapters that it makes in fp32.
-    bundle.model.to(device="meta", dtype=chosen)
-    return bundle
 
 
 def family_of(config: Any, name: str) -> Family:

@@ -105,7 +105,7 @@ def on_meta(written: Recipe) -> torch.nn.Module:
     config = written.dsso
     task = tasks.load_task(config.task, 0)
     dtype = written.precision.torch_dtype
-    return tasks.models.on_meta(config.model, config.peft, task, config.task, dtype).model
+    return tasks.outline.on_meta(config.model, config.peft, task, config.task, dtype).model
 
 
 def planned(raw: dict[str, Any], world_size: int, gpu_gb: float | None = None) -> Plan:
