@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -14,6 +15,7 @@ from dsso.engines.base import EngineBase
 from dsso.engines.shown import MasterWeights, SwappedWeights, weights_of
 from dsso.errors import RunError
 from dsso.optim._probes import ForwardOptimizer
+from dsso.parallel import collectives
 from dsso.parallel.averaging import same_everywhere
 
 _TOLERANCE = 1e-5
@@ -119,11 +121,25 @@ class ForwardEngine(EngineBase):
                 part.training = mode
 
     def _check(self, closure: Callable[[], Tensor]) -> None:
-        """Once: two evaluations of one batch must agree, or slopes would be made of noise."""
+        """Once: two evaluations of one batch must agree, or slopes would be made of noise; who is never met is told."""
         if self._trusted:
             return
         self._trusted = True
-        first, second = (self._two(closure()).double() for _ in range(2))
+        first = self._two(closure()).double()
+        if isinstance(self._weights, SwappedWeights):
+            with self._weights.meeting() as met:
+                second = self._two(closure()).double()
+            met = met.union(*collectives.gather_objects(met))
+            unmet = {piece.name for piece in self._weights.pieces} - met
+            self._weights.leave(unmet)
+            if unmet and self.rank == 0:
+                warnings.warn(
+                    f"{len(unmet)} trained parameter(s) stay as they are, because no forward pass goes through the"
+                    f" modules that hold them: {', '.join(sorted(unmet)[:5])}{' …' if len(unmet) > 5 else ''}",
+                    stacklevel=3,
+                )
+        else:
+            second = self._two(closure()).double()
         if torch.isfinite(first).all() and (first - second).abs().max() > _TOLERANCE * first.abs().max():
             raise RunError(
                 "two evaluations of the same batch differ: something random is on in evaluation mode",

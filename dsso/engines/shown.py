@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class SwappedWeights:
         self.pieces: Sequence[Piece] = _pieces(module, {n: p.detach() for n, p in parameters.items()})
         self._names = {id(p): n for n, p in parameters.items()}
         self._write: Write | None = None
+        self._met: set[str] | None = None
         # Parameters that point to a copy: themselves, what they point to otherwise, and by how many modules they are
         # in use (a tied one may be met again within another's forward pass).
         self._away: dict[int, tuple[nn.Parameter, Tensor, int]] = {}
@@ -109,6 +111,8 @@ class SwappedWeights:
         self._handles.append(unit.register_forward_hook(lambda *_: self._back(own), always_call=True))
 
     def _swap(self, parameters: list[nn.Parameter]) -> None:
+        if self._met is not None:
+            self._met |= {self._names[id(parameter)] for parameter in parameters}
         if self._write is None:
             return
         for parameter in parameters:
@@ -128,6 +132,19 @@ class SwappedWeights:
                 self._away[id(parameter)] = (parameter, home, uses - 1)
             else:
                 parameter.data = home
+
+    @contextmanager
+    def meeting(self) -> Iterator[set[str]]:
+        """Within it names of parameters are gathered whose modules run."""
+        self._met = set()
+        try:
+            yield self._met
+        finally:
+            self._met = None
+
+    def leave(self, names: set[str]) -> None:
+        """Do not move these parameters: no perturbation of them reaches a loss."""
+        self.pieces = [replace(piece, moved=piece.name not in names) for piece in self.pieces]
 
     @contextmanager
     def showing(self, write: Write | None) -> Iterator[None]:

@@ -33,12 +33,14 @@ class Piece:
         start: flat index of the first element in the whole parameter.
         base: the weights themselves, 1-D; fp32 where there is a master copy.
         decayed: weight decay applies.
+        moved: the model uses it, so a step may move it.
     """
 
     name: str
     start: int
     base: Tensor
     decayed: bool
+    moved: bool = True
 
 
 class Weights(Protocol):
@@ -172,7 +174,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
             # What is done next depends on these few numbers, which the host has to know for its seed log anyway.
             good = bool(torch.isfinite(losses).all() & torch.isfinite(slopes).all())
             if good:
-                method.update(self._weights.pieces, slopes, step, float(self.param_groups[0]["lr"]))
+                moved = [piece for piece in self._weights.pieces if piece.moved]
+                method.update(moved, slopes, step, float(self.param_groups[0]["lr"]))
         finally:
             self._weights.publish()
         self.skipped += not good

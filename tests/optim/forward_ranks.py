@@ -69,6 +69,9 @@ def a_bad_loss_on_one_rank(rank: int) -> list[str]:
     """All ranks skip together, and go on together."""
     model = net(0)
     engine = ForwardEngine(model, make_forward_optimizer(model, "MeZO", Config(lr=1e-2)), CPU, 1, 4)
+    engine.step(
+        lambda: engine(torch.ones(1, 6)).double().sum() * torch.tensor([1.0, 0.0]) + torch.tensor([0.0, 1.0])
+    )
     before = engine.gathered_state_dict()
     bad = float("nan") if collectives.rank() == rank else 1.0
     engine.step(lambda: torch.tensor([bad, 1.0]))

@@ -143,6 +143,30 @@ def test_a_perturbation_is_a_copy_of_one_block_at_a_time() -> None:
     assert not weights._away
 
 
+def test_what_no_pass_goes_through_is_told_and_left_alone() -> None:
+    class Odd(Net):
+        """A layer that nothing uses, and one whose weight another module multiplies with by itself."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused, self.beside = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) + (self.embed(ids) @ self.beside.weight).sum()
+
+    torch.manual_seed(0)
+    net = Odd()
+    engine = ForwardEngine(net, make_forward_optimizer(net, "MeZO", Config(lr=1e-2)), CPU, 1, 4)
+    before = bits(engine)
+    with pytest.warns(
+        UserWarning, match=r"3 trained parameter\(s\) stay as they are.*beside.weight, unused.bias"
+    ):
+        engine.step(closure(engine, 0))
+    engine.step(closure(engine, 1))
+    same = {name for name, value in bits(engine).items() if torch.equal(value, before[name])}
+    assert same == {"unused.weight", "unused.bias", "beside.weight"}
+
+
 def test_modes_and_random_numbers_are_left_alone() -> None:
     engine = made()
     engine.module.layers[1].eval()  # type: ignore[union-attr, index]
@@ -156,6 +180,7 @@ def test_modes_and_random_numbers_are_left_alone() -> None:
 
 def test_a_loss_that_is_not_finite_is_skipped() -> None:
     engine = made(lr=1e-3)
+    engine.step(closure(engine, 1))
     before = bits(engine)
     engine.step(lambda: torch.tensor([float("nan"), 1.0]))
     assert all(torch.equal(value, before[name]) for name, value in bits(engine).items())
