@@ -90,6 +90,8 @@ class SwappedWeights:
         self._names = {id(p): n for n, p in parameters.items()}
         self._write: Write | None = None
         self._met: set[str] | None = None
+        # Kept: memory that is taken anew comes page by page, which costs more than to fill it.
+        self._scratch: Tensor | None = None
         # Parameters that point to a copy: themselves, what they point to otherwise, and by how many modules they are
         # in use (a tied one may be met again within another's forward pass).
         self._away: dict[int, tuple[nn.Parameter, Tensor, int]] = {}
@@ -115,13 +117,27 @@ class SwappedWeights:
             self._met |= {self._names[id(parameter)] for parameter in parameters}
         if self._write is None:
             return
+        fresh = [parameter for parameter in parameters if id(parameter) not in self._away]
+        room, at = self._room(sum(parameter.numel() for parameter in fresh), parameters[0]), 0
+        for parameter in fresh:
+            home = parameter.data
+            copy = room.narrow(0, at, home.numel())
+            at += home.numel()
+            self._write(self._names[id(parameter)], 0, home.view(-1), copy)
+            parameter.data = copy.view(home.shape)
+            self._away[id(parameter)] = (parameter, home, 0)
         for parameter in parameters:
-            _, home, uses = self._away.get(id(parameter), (parameter, parameter.data, 0))
-            if not uses:
-                copy = torch.empty_like(home)
-                self._write(self._names[id(parameter)], 0, home.view(-1), copy.view(-1))
-                parameter.data = copy
+            _, home, uses = self._away[id(parameter)]
             self._away[id(parameter)] = (parameter, home, uses + 1)
+
+    def _room(self, numel: int, like: Tensor) -> Tensor:
+        """Room for the copies of one unit: the same every time, unless another unit's copies are in it."""
+        if self._away:
+            return torch.empty(numel, dtype=like.dtype, device=like.device)
+        if self._scratch is None or self._scratch.numel() < numel:
+            self._scratch = None  # before the larger one is made
+            self._scratch = torch.empty(numel, dtype=like.dtype, device=like.device)
+        return self._scratch
 
     def _back(self, parameters: list[nn.Parameter]) -> None:
         for parameter in parameters:
