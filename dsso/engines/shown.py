@@ -1,8 +1,10 @@
 """Weights that a model computes with for a while, in the place of its own: perturbed, and back again bit by bit.
 
 Two forms. Weights in fp32 are swapped block by block: while a block runs, its parameters point to a perturbed copy, and
-then to themselves again; at any time there is a copy of one block only, and nothing is ever written over. Weights in 16
-bits have a master copy in fp32, from which they are written as a whole, and a last time when the step is done.
+then to themselves again; at any time there is a copy of one block only, and nothing is ever written over. Of embeddings
+outside the blocks only the rows that are looked up are copied, and linear layers there (heads) go through their rows in
+parts no larger than a block. Weights in 16 bits have a master copy in fp32, from which they are written as a whole, and
+a last time when the step is done.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,12 +98,20 @@ class SwappedWeights:
         # in use (a tied one may be met again within another's forward pass).
         self._away: dict[int, tuple[nn.Parameter, Tensor, int]] = {}
         self._handles: list[RemovableHandle] = []
+        self._wrapped: list[nn.Module] = []
         units: list[nn.Module] = list(blocks(module))
         inside = {id(part) for unit in units for part in unit.modules()}
         for unit in units:
             self._watch(unit, list(unit.parameters()))
+        self._largest = max((sum(p.numel() for p in unit.parameters()) for unit in units), default=0)
         for part in module.modules():
-            if id(part) not in inside:
+            if id(part) in inside:
+                continue
+            if type(part) is nn.Embedding and id(part.weight) in self._names:
+                self._watch_rows(part)
+            elif type(part) is nn.Linear and id(part.weight) in self._names and self._largest:
+                self._watch_parts(part)
+            else:
                 self._watch(part, list(part.parameters(recurse=False)))
 
     def _watch(self, unit: nn.Module, parameters: list[nn.Parameter]) -> None:
@@ -111,6 +121,62 @@ class SwappedWeights:
         self._handles.append(unit.register_forward_pre_hook(lambda *_: self._swap(own), prepend=True))
         # Also where the forward pass fails: what points to a copy must not stay so.
         self._handles.append(unit.register_forward_hook(lambda *_: self._back(own), always_call=True))
+
+    def _watch_rows(self, part: nn.Embedding) -> None:
+        """An embedding outside the blocks: of its weight only the rows that are looked up are copied."""
+        weight = cast("nn.Parameter", part.weight)
+
+        def look_up(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            # On a GPU the rows would have to be asked for; there all of them are copied.
+            whole = weight.device.type != "cpu" or id(weight) in self._away or len(args) != 1
+            if self._write is None or whole:
+                self._swap([weight])
+                return None
+            rows, places = torch.unique(args[0], return_inverse=True)
+            home, width = weight.data, weight.shape[1]
+            copy = self._room(rows.numel() * width, weight).narrow(0, 0, rows.numel() * width)
+            for index, row in enumerate(rows.tolist()):
+                self._write(
+                    self._names[id(weight)], row * width, home[row], copy.narrow(0, index * width, width)
+                )
+            weight.data = copy.view(-1, width)
+            self._away[id(weight)] = (weight, home, 1)
+            return (places,)
+
+        self._handles.append(part.register_forward_pre_hook(look_up))
+        self._handles.append(part.register_forward_hook(lambda *_: self._back([weight]), always_call=True))
+
+    def _watch_parts(self, part: nn.Linear) -> None:
+        """A linear layer outside the blocks: its rows are perturbed and multiplied with in parts."""
+        plain, weight = part.forward, part.weight
+        own = [p for p in part.parameters(recurse=False) if id(p) in self._names]
+
+        def forward(x: Tensor) -> Tensor:
+            if self._write is None or id(weight) in self._away:
+                self._swap(own)
+                try:
+                    return plain(x)
+                finally:
+                    self._back(own)
+            bias: Tensor | None = part.bias
+            if bias is not None and id(bias) in self._names:
+                moved = torch.empty_like(bias)
+                self._write(self._names[id(bias)], 0, bias.data, moved)
+                bias = moved
+            outputs, inputs = weight.shape
+            count = max(1, min(outputs, self._largest // inputs))
+            room = self._room(count * inputs, weight)
+            out = x.new_empty(*x.shape[:-1], outputs)
+            for first in range(0, outputs, count):
+                rows = weight.data[first : first + count]
+                copy = room.narrow(0, 0, rows.numel())
+                self._write(self._names[id(weight)], first * inputs, rows.view(-1), copy)
+                some = None if bias is None else bias[first : first + count]
+                out[..., first : first + count] = nn.functional.linear(x, copy.view(rows.shape), some)
+            return out
+
+        part.forward = forward  # type: ignore[method-assign, assignment]
+        self._wrapped.append(part)
 
     def _swap(self, parameters: list[nn.Parameter]) -> None:
         if self._met is not None:
@@ -182,6 +248,8 @@ class SwappedWeights:
         """Take the hooks off the model."""
         for handle in self._handles:
             handle.remove()
+        for part in self._wrapped:
+            del part.forward
 
 
 def weights_of(module: nn.Module) -> Any:

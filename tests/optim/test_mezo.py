@@ -143,6 +143,39 @@ def test_a_perturbation_is_a_copy_of_one_block_at_a_time() -> None:
     assert not weights._away
 
 
+def test_embeddings_and_heads_are_perturbed_in_parts() -> None:
+    """Rows that are looked up, and rows of the head a few at a time, give what whole copies give."""
+    engine = made()
+    weights, heard = engine._weights, []
+    assert isinstance(weights, SwappedWeights)
+    wide = engine.module.embed.weight.numel()  # type: ignore[union-attr]
+    weights._largest = 24  # three rows of the head
+    room = weights._room
+
+    def heed(numel: int, like: Tensor) -> Tensor:
+        heard.append(numel)
+        return room(numel, like)
+
+    weights._room = heed  # type: ignore[method-assign]
+    ids = torch.tensor([[1, 4, 4, 9]])
+
+    def write(name: str, start: int, base: Tensor, out: Tensor) -> None:
+        noise.add(out, base, noise.Direction(3, name), start, 0.1)
+
+    engine.eval()
+    with torch.no_grad(), weights.showing(write):
+        found = engine(ids)
+    assert 24 in heard
+    assert wide not in heard
+    engine.close()
+    for name, p in engine.module.named_parameters():
+        whole = torch.empty(p.numel())
+        write(name, 0, p.detach().view(-1), whole)
+        p.data = whole.view(p.shape)
+    with torch.no_grad():
+        torch.testing.assert_close(found, engine.module(ids))
+
+
 def test_what_no_pass_goes_through_is_told_and_left_alone() -> None:
     class Odd(Net):
         """A layer that nothing uses, and one whose weight another module multiplies with by itself."""
