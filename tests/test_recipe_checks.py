@@ -60,10 +60,18 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"bf16.enabled": "yes"}, ["bf16.enabled: has a wrong type", "got: 'yes'", "true, false, auto"]),
     ({"dsso": 3}, ["dsso: must be an object", "got: 3"]),
     # optimizers and schedulers
-    ({"optimizer": ...}, ["optimizer: is required and missing", "KFAC, MEZO, AdamW, Adam, SGD", "remedy: add"]),
+    (
+        {"optimizer": ...},
+        ["optimizer: is required and missing", "KFAC, MEZO, AdamW, Adam, SGD", "remedy: add"],
+    ),
     (
         {"optimizer.type": "KFACC"},
-        ["optimizer.type: unknown optimizer", "nearest: 'KFAC'", "allowed: KFAC, MEZO, AdamW", "write 'KFAC'"],
+        [
+            "optimizer.type: unknown optimizer",
+            "nearest: 'KFAC'",
+            "allowed: KFAC, MEZO, AdamW",
+            "write 'KFAC'",
+        ],
     ),
     ({"optimizer.type": 3}, ["optimizer.type: unknown optimizer", "got: 3"]),
     ({"optimizer.params.tau": 0}, ["optimizer.params.tau", "got: 0.0", "allowed: > 0"]),
