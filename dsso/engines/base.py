@@ -76,6 +76,23 @@ class EngineBase:
     def load_engine_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `engine_state` returned; empty when another engine wrote the checkpoint."""
 
+    # -- weights, where every rank has all of them; engines that shard have their own --------------------------
+
+    def gathered_state_dict(self, trainable_only: bool = True) -> dict[str, Tensor]:
+        """Parameters by name, on the CPU."""
+        return {
+            n: p.detach().cpu().clone()
+            for n, p in self.module.named_parameters()
+            if p.requires_grad or not trainable_only
+        }
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite weights; see `dsso.engines.protocol.Engine.load_weights`."""
+        parameters = dict(self.module.named_parameters())
+        for name, value in self._known(tensors, parameters).items():
+            parameters[name].copy_(value)
+
     # -- passes -------------------------------------------------------------------------------------------------
 
     def _before_forward(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -167,21 +167,6 @@ class ForwardEngine(EngineBase):
     def publish_weights(self) -> None:
         """Bring the model's weights in line with master copies."""
         self._weights.publish()
-
-    def gathered_state_dict(self, trainable_only: bool = True) -> dict[str, Tensor]:
-        """Parameters by name, on the CPU."""
-        return {
-            n: p.detach().cpu().clone()
-            for n, p in self.module.named_parameters()
-            if p.requires_grad or not trainable_only
-        }
-
-    @torch.no_grad()
-    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite weights; see `dsso.engines.protocol.Engine.load_weights`."""
-        parameters = dict(self.module.named_parameters())
-        for name, value in self._known(tensors, parameters).items():
-            parameters[name].copy_(value)
 
     def close(self) -> None:
         """Take the hooks off the model."""

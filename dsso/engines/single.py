@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dsso.engines.window import WindowEngine
 from dsso.optim._partition import PartitionOptimizer
@@ -77,21 +76,6 @@ class SingleEngine(WindowEngine):
         for name, parameter in self._parameters.items():
             if self._masters[name] is not parameter:
                 parameter.copy_(self._masters[name])
-
-    def gathered_state_dict(self, trainable_only: bool = True) -> dict[str, Tensor]:
-        """Parameters by name, on the CPU."""
-        return {
-            n: p.detach().cpu().clone()
-            for n, p in self.module.named_parameters()
-            if p.requires_grad or not trainable_only
-        }
-
-    @torch.no_grad()
-    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite weights; see `dsso.engines.protocol.Engine.load_weights`."""
-        parameters = dict(self.module.named_parameters())
-        for name, value in self._known(tensors, parameters).items():
-            parameters[name].copy_(value)
 
     def close(self) -> None:
         """Take the hooks off the model."""
