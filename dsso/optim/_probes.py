@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -69,7 +69,45 @@ class Probe:
 
 
 class ForwardMethod(ABC):
-    """Turns losses at probes into a step."""
+    """Turns losses at probes into a step.
+
+    Attributes:
+        states: kinds of state that a method keeps for every element that a rank holds, in fp32, with their first value.
+        shows_state: a perturbation depends on state, so a rank can perturb just the elements that it holds.
+        state: of each piece, by name of the parameter and kind, [elements of the piece].
+    """
+
+    states: ClassVar[Mapping[str, float]] = {}
+    shows_state: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.state: dict[str, dict[str, Tensor]] = {}
+        self._starts: dict[str, int] = {}
+
+    def attach(self, pieces: Sequence[Piece]) -> None:
+        """Make the state of the pieces of this rank, no two of one parameter."""
+        self._starts = {piece.name: piece.start for piece in pieces}
+        self.state = {
+            piece.name: {
+                kind: torch.full((piece.base.numel(),), first, dtype=torch.float32, device=piece.base.device)
+                for kind, first in self.states.items()
+            }
+            for piece in pieces
+        }
+
+    def held(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """State of some elements that this rank holds, a view.
+
+        Args:
+            kind: of state.
+            name: of the parameter.
+            start: flat index in the whole parameter.
+            numel: number of elements.
+
+        Shapes:
+            result: [numel].
+        """
+        return self.state[name][kind].narrow(0, start - self._starts[name], numel)
 
     @abstractmethod
     def probes(self, step: int) -> list[Probe]:
@@ -80,24 +118,24 @@ class ForwardMethod(ABC):
         """How the weights are perturbed for a probe; None: not at all."""
 
     @abstractmethod
-    def slopes(self, losses: Tensor, step: int) -> Tensor:
-        """Estimates of the directional derivatives.
+    def measure(self, losses: Tensor, step: int) -> Tensor:
+        """What a step needs to know of each direction.
 
         Args:
             losses: [probes], in fp64.
             step: number of the step.
 
         Shapes:
-            result: [directions].
+            result: [directions, figures]; the first figure is the estimate of the directional derivative.
         """
 
     @abstractmethod
-    def update(self, pieces: Sequence[Piece], slopes: Tensor, step: int, lr: float) -> None:
+    def update(self, pieces: Sequence[Piece], measures: Tensor, step: int, lr: float) -> None:
         """Move the weights, in place.
 
         Args:
             pieces: of this rank.
-            slopes: finite, from `slopes`, [directions].
+            measures: finite, from `measure`, on the host, [directions, figures].
             step: number of the step.
             lr: learning rate of the step.
         """
@@ -146,6 +184,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self.table.check()
         self.rules = dict.fromkeys(sizes, Rule("sgd"))
         self._weights = weights
+        self.forward_method.attach(weights.pieces)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
@@ -170,17 +209,17 @@ class ForwardOptimizer(torch.optim.Optimizer):
                     found.append(closure().to(torch.float64))
             sums = collectives.all_sum(torch.stack(found))
             losses = sums[:, 0] / sums[:, 1]
-            slopes = method.slopes(losses, step)
             # What is done next depends on these few numbers, which the host has to know for its seed log anyway.
-            good = bool(torch.isfinite(losses).all() & torch.isfinite(slopes).all())
+            measures = method.measure(losses.cpu(), step)
+            good = bool(torch.isfinite(losses).all()) and bool(torch.isfinite(measures).all())
             if good:
                 moved = [piece for piece in self._weights.pieces if piece.moved]
-                method.update(moved, slopes, step, float(self.param_groups[0]["lr"]))
+                method.update(moved, measures, step, float(self.param_groups[0]["lr"]))
         finally:
             self._weights.publish()
         self.skipped += not good
         self.consecutive_skips = 0 if good else self.consecutive_skips + 1
-        self._figures = {"slope": float(slopes.abs().mean()), "forwards": float(len(found))}
+        self._figures = {"slope": float(measures[:, 0].abs().mean()), "forwards": float(len(found))}
         self.steps += 1
         return losses.mean()
 
@@ -192,11 +231,12 @@ class ForwardOptimizer(torch.optim.Optimizer):
         return {**self._figures, **skips} if self._figures else {}
 
     def state_bytes(self) -> int:
-        """Bytes of state beside the model's own weights, on this rank: master copies."""
+        """Bytes of state beside the model's own weights, on this rank: master copies, and what the method keeps."""
         assert self._weights is not None
         own = {p.data_ptr() for group in self.param_groups for p in group["params"]}
         bases = [p.base for p in self._weights.pieces if p.base.data_ptr() not in own]
-        return sum(base.numel() * base.element_size() for base in bases)
+        kept = [tensor for kinds in self.forward_method.state.values() for tensor in kinds.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*bases, *kept))
 
     def views(self, spans: Iterable[Span]) -> Iterator[tuple[str, Span, Tensor]]:
         """Where weights lie: `(kind, span, 1-D view)`.
@@ -207,6 +247,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
         assert self._weights is not None
         for span in spans:
             yield "weight", span, self._weights.pieces[span.buffer].base.narrow(0, span.offset, span.numel)
+            for kind in self.forward_method.states:
+                yield kind, span, self.forward_method.held(kind, span.name, span.start, span.numel)
 
     def extra_state(self) -> dict[str, Any]:
         """Host-side state, the same on all ranks."""

@@ -18,92 +18,32 @@ Source: Malladi, Gao, Nichani, Damian, Lee, Chen, Arora 2023, "Fine-tuning langu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
-from pydantic import Field
 from torch import Tensor
 
-from dsso.config import StrictModel
-from dsso.optim._probes import ForwardMethod, Piece, Probe, Write
+from dsso.optim._probes import Piece
+from dsso.optim._spsa import SPSAConfig, SPSAMethod
 from dsso.parallel import noise
-from dsso.parallel.noise import Direction, Kind
-from dsso.schedule import ScalarSchedule, bounded, value
 
 
-class Config(StrictModel):
+class Config(SPSAConfig):
     """Parameters of MeZO (`optimizer.params`)."""
 
-    lr: float = Field(default=1e-6, gt=0)
-    """Learning rate; a scheduler section of the recipe multiplies it."""
-    eps: float = Field(default=1e-3, gt=0)
-    """Length of a perturbation, as a multiple of z."""
-    directions: Annotated[ScalarSchedule, bounded(ge=1)] = 1
-    """Directions a step (n). A schedule; its values are rounded down."""
-    sides: int = Field(default=2, ge=1, le=2)
-    """2: losses on both sides of the weights. 1: on one side and at the weights."""
-    noise: Kind = "gaussian"
-    """Distribution of z."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled: matrices (not biases, not norms) shrink by lr * weight_decay a step."""
-    max_slope: float | None = Field(default=None, gt=0)
-    """Slopes are cut to at most this; null: never."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of the directions."""
 
-
-class Method(ForwardMethod):
+class Method(SPSAMethod):
     """MeZO.
 
     Args:
         config: its parameters.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def _directions(self, step: int) -> int:
-        return int(value(self.config.directions, step))
-
-    def direction(self, name: str, stream: int, step: int) -> Direction:
-        """The z of one parameter in one step."""
-        return Direction((step << 32) | self.config.seed, name, stream, self.config.noise)
-
-    def probes(self, step: int) -> list[Probe]:
-        """Both sides of every direction; or the weights, and one side of every direction."""
-        eps, streams = self.config.eps, range(self._directions(step))
-        if self.config.sides == 2:
-            return [Probe(stream, scale) for stream in streams for scale in (eps, -eps)]
-        return [Probe(0, 0.0), *(Probe(stream, eps) for stream in streams)]
-
-    def write(self, probe: Probe, step: int) -> Write | None:
-        """Set w + scale z."""
-        if not probe.scale:
-            return None
-
-        def perturb(name: str, start: int, base: Tensor, out: Tensor) -> None:
-            noise.add(out, base, self.direction(name, probe.stream, step), start, probe.scale)
-
-        return perturb
-
-    def slopes(self, losses: Tensor, step: int) -> Tensor:
-        """Central or forward differences, one a direction."""
-        if self.config.sides == 2:
-            found = (losses[0::2] - losses[1::2]) / (2 * self.config.eps)
-        else:
-            found = (losses[1:] - losses[0]) / self.config.eps
-        bound = self.config.max_slope
-        return found if bound is None else found.clamp(-bound, bound)
-
-    def update(self, pieces: Sequence[Piece], slopes: Tensor, step: int, lr: float) -> None:
+    def update(self, pieces: Sequence[Piece], measures: Tensor, step: int, lr: float) -> None:
         """W <- (1 - lr wd) w - lr/n sum g z."""
-        scales = (-lr * slopes / len(slopes)).tolist()
-        keep = 1.0 - lr * self.config.weight_decay
+        scales = (-lr * measures[:, 0] / len(measures)).tolist()
         for piece in pieces:
-            if piece.decayed and keep != 1.0:
-                piece.base.mul_(keep)
+            self.shrink(piece, lr)
             for stream, scale in enumerate(scales):
                 # A step of no length leaves every bit, also the sign of a zero.
                 if scale:
-                    noise.add(
-                        piece.base, piece.base, self.direction(piece.name, stream, step), piece.start, scale
-                    )
+                    z = self.direction(piece.name, stream, step)
+                    noise.add(piece.base, piece.base, z, piece.start, scale)
