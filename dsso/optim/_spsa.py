@@ -1,0 +1,121 @@
+"""Simultaneous perturbation: what the methods share that estimate slopes along directions made from a seed.
+
+With z a random direction, the slope of the loss L along it is estimated from two forward passes,
+
+    g = (L(w + eps z) - L(w - eps z)) / (2 eps)        (SPSA, Spall 1992)
+
+and the gradient by the mean of g z over n directions (n-SPSA). `sides: 1` takes L(w) in the place of the second loss,
+once for all directions: n + 1 passes instead of 2 n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dsso.config import StrictModel
+from dsso.optim._probes import ForwardMethod, Piece, Probe, Write
+from dsso.parallel import noise
+from dsso.parallel.noise import Direction, Kind
+from dsso.schedule import ScalarSchedule, bounded, value
+
+CHUNK = 1 << 18
+"""Elements of a gradient estimate that exist at a time, a multiple of every block of noise."""
+
+
+class SPSAConfig(StrictModel):
+    """Parameters that all methods with random directions have."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    """Learning rate; a scheduler section of the recipe multiplies it."""
+    eps: float = Field(default=1e-3, gt=0)
+    """Length of a perturbation, as a multiple of z."""
+    directions: Annotated[ScalarSchedule, bounded(ge=1)] = 1
+    """Directions a step (n). A schedule; its values are rounded down."""
+    sides: int = Field(default=2, ge=1, le=2)
+    """2: losses on both sides of the weights. 1: on one side and at the weights."""
+    noise: Kind = "gaussian"
+    """Distribution of z."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled: matrices (not biases, not norms) shrink by lr * weight_decay a step."""
+    max_slope: float | None = Field(default=None, gt=0)
+    """Slopes are cut to at most this; null: never."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the directions."""
+
+
+class SPSAMethod(ForwardMethod):
+    """Probes and slopes; what is done with them is the method's own.
+
+    Args:
+        config: its parameters.
+    """
+
+    def __init__(self, config: SPSAConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def directions(self, step: int) -> int:
+        """Number of directions of a step."""
+        return int(value(self.config.directions, step))
+
+    def direction(self, name: str, stream: int, step: int) -> Direction:
+        """The z of one parameter in one step."""
+        return Direction((step << 32) | self.config.seed, name, stream, self.config.noise)
+
+    def probes(self, step: int) -> list[Probe]:
+        """Both sides of every direction; or the weights, and one side of every direction."""
+        eps, streams = self.config.eps, range(self.directions(step))
+        if self.config.sides == 2:
+            return [Probe(stream, scale) for stream in streams for scale in (eps, -eps)]
+        return [Probe(0, 0.0), *(Probe(stream, eps) for stream in streams)]
+
+    def write(self, probe: Probe, step: int) -> Write | None:
+        """Set w + scale z."""
+        if not probe.scale:
+            return None
+
+        def perturb(name: str, start: int, base: Tensor, out: Tensor) -> None:
+            noise.add(out, base, self.direction(name, probe.stream, step), start, probe.scale)
+
+        return perturb
+
+    def measure(self, losses: Tensor, step: int) -> Tensor:
+        """Central or forward differences, [directions, 1]."""
+        if self.config.sides == 2:
+            found = (losses[0::2] - losses[1::2]) / (2 * self.config.eps)
+        else:
+            found = (losses[1:] - losses[0]) / self.config.eps
+        bound = self.config.max_slope
+        return (found if bound is None else found.clamp(-bound, bound)).unsqueeze(1)
+
+    def shrink(self, piece: Piece, lr: float) -> None:
+        """Weight decay, where it applies."""
+        keep = 1.0 - lr * self.config.weight_decay
+        if piece.decayed and keep != 1.0:
+            piece.base.mul_(keep)
+
+    def gradient(self, piece: Piece, slopes: Sequence[float], step: int) -> Iterator[tuple[slice, Tensor]]:
+        """Estimate of the gradient of a piece, a part at a time: (1/n) sum g z.
+
+        Args:
+            piece: of this rank.
+            slopes: g, one a direction.
+            step: number of the step.
+
+        Shapes:
+            result: pairs of the elements of the piece that a part is of, and the part itself, [elements] in fp32, which
+            is overwritten by the next.
+        """
+        numel = piece.base.numel()
+        room = torch.empty(min(CHUNK, numel), dtype=torch.float32, device=piece.base.device)
+        for at in range(0, numel, CHUNK):
+            part = room[: min(CHUNK, numel - at)].zero_()
+            for stream, slope in enumerate(slopes):
+                z = self.direction(piece.name, stream, step)
+                noise.add(part, part, z, piece.start + at, slope / len(slopes))
+            yield slice(at, at + part.numel()), part
