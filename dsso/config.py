@@ -194,6 +194,12 @@ class TrainConfig(StrictModel):
     """Warn after so many steps in a row whose update is parallel to the gradient (cosine above 0.9999)."""
     timeout_minutes: float = Field(default=10.0, gt=0.0)
     """Longest wait for another rank before a collective call fails."""
+    digest_interval: int | None = Field(default=100, ge=1)
+    """Methods from forward passes: steps between two comparisons of the ranks' weights, whose digest goes into the seed
+    log; null: never."""
+    log_sync_interval: int | None = Field(default=None, ge=1)
+    """Methods from forward passes: steps between two waits until the disk has the seed log; null leaves it to the
+    operating system, which loses nothing when the run alone is killed."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

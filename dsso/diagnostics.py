@@ -55,10 +55,12 @@ class MetricsLog:
     Args:
         path: the file; None writes nothing (ranks other than 0).
         step: the step that the run goes on from: lines after it are dropped, they will be written again.
+        sync_every: lines after which to wait until the disk has them; None: never.
     """
 
-    def __init__(self, path: Path | None, step: int = 0) -> None:
+    def __init__(self, path: Path | None, step: int = 0, sync_every: int | None = None) -> None:
         self.path = path
+        self._sync_every, self._unsynced = sync_every, 0
         self._pending: list[bytes] = []
         self._warned = False
         self._handle = -1
@@ -116,6 +118,10 @@ class MetricsLog:
                 os.ftruncate(self._handle, start)
                 raise
             del self._pending[0]
+            self._unsynced += 1
+            if self._sync_every is not None and self._unsynced >= self._sync_every:
+                os.fsync(self._handle)
+                self._unsynced = 0
 
 
 def _lines_until(path: Path, step: int) -> Iterable[bytes]:

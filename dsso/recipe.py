@@ -37,6 +37,7 @@ from dsso.recipe_checks import (
     section,
     zero_stage,
 )
+from dsso.recipe_forward import check_for_forward
 from dsso.recipe_models import BASELINES, SCHEDULERS, WARMUP_SHARE, BaselineConfig, without_none
 
 __all__ = ["BaselineConfig", "Precision", "Recipe", "ResolvedRecipe", "load_recipe"]
@@ -232,8 +233,12 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     check_fixed(raw)
     dsso, (kind, model, is_method) = _sections(raw)
     stage = zero_stage(raw, dsso.engine)
-    numbers = precision(raw, dsso, stage)
-    if is_method:
+    forward = optim.is_forward(kind)
+    numbers = precision(raw, dsso, stage, gradients=not forward)
+    notes: tuple[str, ...] = ()
+    if forward:
+        notes = check_for_forward(raw, kind, stage)
+    elif is_method:
         check_for_method(raw, kind, stage)
     elif raw.get("gradient_clipping") == "auto":
         raise RecipeError(
@@ -245,7 +250,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         )
     if "scheduler" in raw:
         _scheduler(raw)
-    notes = notes_for_engine(raw, dsso.engine)
+    notes += notes_for_engine(raw, dsso.engine)
     return Recipe(raw, kind, model, is_method, dsso, numbers, stage, notes)
 
 

@@ -253,9 +253,21 @@ def _is_off(key: str, value: object) -> bool:
     return value is None or value is False or (key in OFF and value == OFF[key])
 
 
-def precision(raw: Mapping[str, Any], dsso: DssoConfig, stage: int) -> Precision:
-    """The number formats, after the `fp16`, `bf16` and `data_types` sections and `dsso.model.dtype` agree."""
+def precision(raw: Mapping[str, Any], dsso: DssoConfig, stage: int, gradients: bool = True) -> Precision:
+    """The number formats, after the `fp16`, `bf16` and `data_types` sections and `dsso.model.dtype` agree.
+
+    Args:
+        raw: the recipe.
+        dsso: its section.
+        stage: ZeRO stage.
+        gradients: the method takes them; without them there is no loss to scale.
+
+    Raises:
+        RecipeError: formats that are unknown, or do not work together.
+    """
     dtype = _dtype(raw, dsso.model.dtype)
+    if not gradients:
+        return Precision(dtype, "none", "float32")
     given = lookup(raw, "data_types.grad_accum_dtype")
     if given is not None and given not in _SHORT:
         raise RecipeError(

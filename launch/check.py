@@ -12,9 +12,10 @@ from dsso.diagnostics import jsonable, method_table
 from dsso.plan import Plan, plan, resolve, text
 from dsso.recipe import ResolvedRecipe, load_recipe
 from dsso.recipe_checks import batch_sizes
+from dsso.seeding import seed_everything
 from launch import resume as resuming
 from launch.arguments import Arguments
-from launch.prepare import max_steps, notes_on_sizes, output_directory, seed_everything
+from launch.prepare import max_steps, notes_on_sizes, output_directory
 
 if TYPE_CHECKING:
     from dsso.engines import Environment

@@ -16,20 +16,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dsso import optim
 from dsso.checkpoint import Checkpoint, Checkpointer, CheckpointError, find, rng_state, set_rng_state
 from dsso.curvature.labels import sample_labels
 from dsso.diagnostics import MetricsLog, NoopWatch, SkipGuard
 from dsso.parallel.collectives import gather_objects, rank
 from dsso.preempt import StopRequest, control_device
+from dsso.seeding import seed_everything
 from dsso.tasks.data import Batch, global_batch, micro_batches
 from dsso.tasks.evaluate import per_term_losses
 from launch.best import Best
-from launch.prepare import Job, seed_everything
+from launch.prepare import Job
 from launch.progress import Progress
 
 if TYPE_CHECKING:
     from dsso.engines.protocol import Engine
+    from launch.seeds import Seeds
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,17 @@ class Loop:
         engine: model and optimizer.
         stop: the stop signal.
         log: `metrics.jsonl`.
+        seeds: the seed log, for a method from forward passes.
     """
 
-    def __init__(self, job: Job, engine: Engine, stop: StopRequest, log: MetricsLog) -> None:
+    def __init__(
+        self, job: Job, engine: Engine, stop: StopRequest, log: MetricsLog, seeds: Seeds | None = None
+    ) -> None:
         self.job = job
         self.engine = engine
         self.stop = stop
         self.log = log
+        self.seeds = seeds
         train = job.recipe.dsso.train
         self.config = train
         self.log_interval = 1 if job.arguments.debug else train.log_interval
@@ -69,14 +74,11 @@ class Loop:
         self.checkpoints = Checkpointer(job.output_dir / "checkpoints", train.keep_last)
         self.progress = Progress(0, job.max_steps, speak=job.rank == 0)
         self._noop: NoopWatch | None = None
-        self._forward = optim.is_forward(job.recipe.optimizer_type)
-        if job.recipe.is_method and not self._forward:
+        if job.recipe.is_method and seeds is None:
             params = job.recipe.optimizer_config.model_dump()
             self._noop = NoopWatch(train.noop_window, job.recipe.optimizer_type, params)
-        fp16 = job.recipe.ds_config.get("fp16", {})
-        self._guard = SkipGuard(
-            train.max_consecutive_skips, bool(fp16.get("enabled")) and not fp16.get("loss_scale")
-        )
+        scaled = job.recipe.precision.loss_scale == "dynamic"
+        self._guard = SkipGuard(train.max_consecutive_skips, scaled)
         # this rank's micro-batches since the last log: sum of finite losses, their number, number of others
         self._sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
         self._stop_device = control_device(engine.device)
@@ -102,6 +104,18 @@ class Loop:
                 self._sums.copy_(torch.stack([one["sums"] for one in ranks]).sum(0))
         # What is logged is a mean over micro-batches, of which a window may have another number now.
         self._sums[:2] *= self._micro_batches() / state["micro_batches"]
+
+    def catch_up(self) -> None:
+        """Take the steps again that the seed log has beyond the checkpoint; every rank calls it."""
+        if self.seeds is None:
+            return
+
+        def arrived(step: int) -> None:
+            self.step = step
+            self.evaluate("validation", again=True)
+
+        self.seeds.catch_up(self.config.eval_interval, arrived)
+        self.step = self.seeds.reached
 
     def _micro_batches(self) -> int:
         """Micro-batches of a window, over all ranks."""
@@ -139,8 +153,9 @@ class Loop:
         job, engine = self.job, self.engine
         gas = engine.gradient_accumulation_steps
         indices = global_batch(len(job.data.train), job.recipe.global_batch, job.seed, self.step)
-        if self._forward:
+        if self.seeds is not None:
             self._add(engine.step(partial(self._losses, indices)))
+            self.seeds.add()
             return
         terms = sum(job.data.terms(index) for index in indices) / (job.world_size * gas)
         for part in micro_batches(indices, job.rank, job.world_size, gas):
@@ -219,17 +234,22 @@ class Loop:
             self._tell(self._noop.update(self.step, health))
         self._tell(self._guard.check(self.step, health, bad))
 
-    def evaluate(self, split: str) -> dict[str, float]:
-        """Metrics on a split; on validation, the best weights are kept. Every rank calls it."""
+    def evaluate(self, split: str, again: bool = False) -> dict[str, float]:
+        """Metrics on a split; on validation, the best weights are kept. Every rank calls it.
+
+        Args:
+            split: which.
+            again: the log of metrics has it already.
+        """
         job, engine = self.job, self.engine
         engine.eval()
         size = self.config.eval_batch_size or engine.micro_batch_size
         metrics = job.data.evaluate(engine, split, size, job.rank, job.world_size, engine.device)
         engine.train()
         self._advance_clock()
-        self.log.write(
-            step=self.step, seconds=self.seconds, eval={"split": split, "step": self.step, "metrics": metrics}
-        )
+        if not again:
+            figures = {"split": split, "step": self.step, "metrics": metrics}
+            self.log.write(step=self.step, seconds=self.seconds, eval=figures)
         words = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         mark = ""
         if split == "validation" and self.best.improved_by(metrics):

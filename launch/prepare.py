@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
-from dsso import engines, optim
+from dsso import optim
 from dsso.diagnostics import jsonable
 from dsso.errors import RecipeError
 from dsso.recipe import Recipe, ResolvedRecipe, load_recipe
 from dsso.recipe_checks import batch_sizes
+from dsso.seeding import seed_everything
 from launch.arguments import Arguments
 from launch.resume import Resume, compare, plan
 
@@ -93,20 +92,6 @@ def prepare(arguments: Arguments, rank: int, world_size: int) -> Job:
     )
 
 
-def seed_everything(seed: int, rank: int = 0, step: int = 0) -> None:
-    """Seed python, numpy and torch; ranks get streams of their own (dropout), rank 0 at step 0 the seed itself.
-
-    Args:
-        seed: of the recipe.
-        rank: this process.
-        step: where streams begin that cannot go on, because there are other ranks than before.
-    """
-    mixed = (seed + 1_000_003 * rank + 7_368_787 * step) % 2**32
-    random.seed(mixed)
-    np.random.seed(mixed)
-    torch.manual_seed(mixed)
-
-
 def output_directory(arguments: Arguments, recipe: Recipe) -> Path:
     """Where a run writes: the command line's, the recipe's, or one by the recipe's name."""
     if arguments.output_dir is not None:
@@ -148,9 +133,6 @@ def _refuse(recipe: ResolvedRecipe, model: nn.Module, rank: int, world_size: int
     """Refuse a model without work for the method, without allocating."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError("no parameter of the model is trainable", where="dsso.peft")
-    if optim.is_forward(recipe.optimizer_type):
-        # Without a launcher a run has one device, whatever the recipe says.
-        engines.check_forward(recipe.optimizer_type, recipe.dsso.engine if world_size > 1 else "single")
-    elif recipe.is_method:
+    if recipe.is_method and not optim.is_forward(recipe.optimizer_type):
         resolved = optim.resolve(recipe.optimizer_type)
         resolved.Method(recipe.optimizer_config, model, torch.device("meta"), rank, world_size).close()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsso import checkpoint
+from dsso import checkpoint, seedlog
 from dsso.checkpoint import Checkpoint, Skipped
 from dsso.engines.portable import describe
 from dsso.errors import RecipeError
@@ -19,7 +19,7 @@ from dsso.errors import RecipeError
 if TYPE_CHECKING:
     from dsso.engines.protocol import Engine
 
-OUTPUTS = ("config.json", "metrics.jsonl", "summary.json", "checkpoints", "best", "adapter")
+OUTPUTS = ("config.json", "metrics.jsonl", seedlog.FILE, "summary.json", "checkpoints", "best", "adapter")
 """What a run writes; `--overwrite` removes these and nothing else."""
 _MUST_AGREE = (
     "optimizer.type",
@@ -48,11 +48,15 @@ class Resume:
     """What `--overwrite` removes first."""
     notes: tuple[str, ...] = ()
     """What the user is told at the start."""
+    log: Path | None = None
+    """Seed log that leads on from the newest checkpoint, or from the beginning."""
 
     @property
     def run_directory(self) -> Path | None:
         """Output directory of the run that is continued."""
-        return self.candidates[0].path.parent.parent if self.candidates else None
+        if self.candidates:
+            return self.candidates[0].path.parent.parent
+        return None if self.log is None else self.log.parent
 
 
 def plan(output_dir: Path, resume: str, overwrite: bool) -> Resume:
@@ -76,32 +80,31 @@ def plan(output_dir: Path, resume: str, overwrite: bool) -> Resume:
     directory = output_dir / "checkpoints" if resume == "auto" else checkpoint.locate(Path(resume))
     candidates, skipped = _candidates(directory)
     if resume == "auto":
-        notes = () if candidates or not present else _start_again(output_dir, skipped)
-    else:
-        if not candidates:
-            raise RecipeError(
-                "no checkpoint there can be used",
-                where="--resume",
-                got=resume,
-                allowed="; ".join(f"{one.path.name}: {one.reason}" for one in skipped) or None,
-            )
-        notes = ()
-        if candidates[0].path.parent.parent.resolve() != output_dir.resolve():
-            if present and not overwrite:
-                raise _holds_another(output_dir, present)
-            return Resume(candidates, skipped, present)
-        later = [
-            one for one in checkpoint.find(candidates[0].path.parent)[0] if one.step > candidates[0].step
-        ]
-        if later and not overwrite:
-            raise RecipeError(
-                f"{later[0].tag} is newer and would be removed",
-                where="--resume",
-                got=resume,
-                remedy="--resume auto goes on from the newest, --overwrite removes what came later,"
-                " another --output_dir keeps it",
-            )
-    return Resume(candidates, skipped, notes=notes)
+        path = output_dir / seedlog.FILE
+        log = path if path.exists() else None
+        notes = () if candidates or log or not present else _start_again(output_dir, skipped)
+        return Resume(candidates, skipped, notes=notes, log=log)
+    if not candidates:
+        raise RecipeError(
+            "no checkpoint there can be used",
+            where="--resume",
+            got=resume,
+            allowed="; ".join(f"{one.path.name}: {one.reason}" for one in skipped) or None,
+        )
+    if candidates[0].path.parent.parent.resolve() != output_dir.resolve():
+        if present and not overwrite:
+            raise _holds_another(output_dir, present)
+        return Resume(candidates, skipped, present)
+    later = [one for one in checkpoint.find(candidates[0].path.parent)[0] if one.step > candidates[0].step]
+    if later and not overwrite:
+        raise RecipeError(
+            f"{later[0].tag} is newer and would be removed",
+            where="--resume",
+            got=resume,
+            remedy="--resume auto goes on from the newest, --overwrite removes what came later,"
+            " another --output_dir keeps it",
+        )
+    return Resume(candidates, skipped)
 
 
 def _candidates(directory: Path) -> tuple[tuple[Checkpoint, ...], tuple[Skipped, ...]]:
@@ -143,9 +146,9 @@ def compare(found: Resume, recipe: Mapping[str, Any]) -> Resume:
     Raises:
         RecipeError: the checkpoint cannot be read with this recipe.
     """
-    if not found.candidates or found.run_directory is None:
+    if found.run_directory is None:
         return found
-    newest = found.candidates[0]
+    written = found.candidates[0].path if found.candidates else found.log
     try:
         text = (found.run_directory / "config.json").read_text(encoding="utf-8")
         before = dict(_leaves(json.loads(text)["resolved"]))
@@ -165,7 +168,7 @@ def compare(found: Resume, recipe: Mapping[str, Any]) -> Resume:
         for key in different:
             if key.startswith(must):
                 raise RecipeError(
-                    f"differs from the run that wrote {newest.path}",
+                    f"differs from the run that wrote {written}",
                     where=key,
                     got=now.get(key),
                     allowed=repr(before.get(key)),

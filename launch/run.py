@@ -6,14 +6,16 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any, cast
 
-from dsso import checkpoint, engines
+from dsso import checkpoint, engines, optim
 from dsso.diagnostics import MetricsLog, environment, jsonable, method_table
 from dsso.parallel.collectives import barrier
 from dsso.preempt import StopRequest
+from dsso.seeding import seed_everything
 from launch.finish import finish
 from launch.loop import Loop
-from launch.prepare import Job, seed_everything
+from launch.prepare import Job
 from launch.resume import moved
+from launch.seeds import Seeds
 
 if TYPE_CHECKING:
     from dsso.engines.protocol import Engine
@@ -41,8 +43,10 @@ def run(job: Job, place: engines.Environment) -> int:
             _say(job, note)
         step = 0 if start is None else start.step
         _write_config(job, engine, place, step)
-        log = MetricsLog(job.output_dir / "metrics.jsonl" if job.rank == 0 else None, step)
-        loop = Loop(job, engine, stop, log)
+        seeds = Seeds(job, engine, step) if optim.is_forward(job.recipe.optimizer_type) else None
+        reached = step if seeds is None else seeds.reached
+        log = MetricsLog(job.output_dir / "metrics.jsonl" if job.rank == 0 else None, reached)
+        loop = Loop(job, engine, stop, log, seeds)
         if start is not None:
             change = moved(start, engine)
             if change is not None:
@@ -51,8 +55,13 @@ def run(job: Job, place: engines.Environment) -> int:
             _say(job, f"going on from {start.path} (step {start.step})")
         elif job.resume.candidates:
             _say(job, "no checkpoint can be used: starting from the beginning")
-        loop.checkpoints.drop_after(step)
+        if reached > step:
+            _say(job, f"taking steps {step + 1} to {reached} again from {job.resume.log}")
+        loop.catch_up()
+        loop.checkpoints.drop_after(reached)
         outcome = loop.run()
+        if seeds is not None:
+            seeds.close()
         if outcome.signum is not None:
             log.close()
             _say(job, f"stopped after step {loop.step}; --resume auto goes on")

@@ -19,19 +19,22 @@ ROOT = Path(__file__).resolve().parents[1]
 Found = list[dict[str, Any]]
 
 
-def report(out: Path, scenario: Callable[..., list[str]], arguments: tuple[Any, ...]) -> None:
+def report(
+    out: Path, scenario: Callable[..., list[str]], arguments: tuple[Any, ...], **settings: Any
+) -> None:
     """Run one scenario on this rank; rank 0 writes a JSON line with what went wrong on any rank (nothing is good)."""
     from dsso.engines import launch_environment
     from dsso.parallel.collectives import gather_objects
 
     try:
-        problems = scenario(*arguments)
+        problems = scenario(*arguments, **settings)
     except Exception:
         problems = [traceback.format_exc()]
     every = [problem for found in gather_objects(problems) for problem in found]
     if launch_environment().rank == 0:
         with out.open("a") as file:
-            file.write(json.dumps({"name": f"{scenario.__name__}{arguments}", "problems": every}) + "\n")
+            name = f"{scenario.__name__}{arguments}{settings or ''}"
+            file.write(json.dumps({"name": name, "problems": every}) + "\n")
 
 
 def run(script: Path, out: Path, ranks: int, timeout: float) -> Found:

@@ -1,12 +1,11 @@
 """Adapters between a training engine and dsso; nothing else imports deepspeed."""
 
-from dsso.engines.build import build, check_forward, make_forward_optimizer, make_optimizer
+from dsso.engines.build import build, make_forward_optimizer, make_optimizer
 from dsso.engines.environment import Environment, launch_environment, start, stop
 
 __all__ = [
     "Environment",
     "build",
-    "check_forward",
     "launch_environment",
     "make_forward_optimizer",
     "make_optimizer",

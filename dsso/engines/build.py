@@ -60,26 +60,6 @@ def make_optimizer(
     return PartitionOptimizer(parameters, config.lr, rules, None, clipping)
 
 
-def check_forward(kind: str, engine: str) -> None:
-    """Refuse an engine that a method which needs only losses cannot run in yet.
-
-    Args:
-        kind: `optimizer.type`.
-        engine: the one that would be built.
-
-    Raises:
-        RecipeError: its weights are sharded.
-    """
-    if engine not in ("single", "ddp"):
-        raise RecipeError(
-            f"{kind} needs all weights on every rank in this version",
-            where="dsso.engine",
-            got=engine,
-            allowed=["single", "ddp"],
-            remedy="set dsso.engine to 'ddp', or start one process without a launcher",
-        )
-
-
 def make_forward_optimizer(model: nn.Module, kind: str, config: Any) -> ForwardOptimizer:
     """The optimizer of a recipe whose method needs only losses, not attached to an engine yet.
 
@@ -159,15 +139,10 @@ def _build(
         # Every engine rounds the weights anyway. Before the method looks at the model, because an adapter that was
         # made in fp32 reads a cast copy, and its layers would not be seen to read one tensor.
         model.to(resolved.precision.torch_dtype)
-    forward = is_forward(resolved.optimizer_type)
-    if forward:
-        check_forward(resolved.optimizer_type, engine)
+    if is_forward(resolved.optimizer_type):
+        return _build_forward(model, resolved, device, engine, ds_config)
     if engine in ("single", "ddp"):
         model.to(device)
-    if forward:
-        carrier = make_forward_optimizer(model, resolved.optimizer_type, resolved.optimizer_config)
-        scheduler = _scheduler(carrier, ds_config.get("scheduler"))
-        return ForwardEngine(model, carrier, device, resolved.gas, resolved.micro_batch, scheduler)
     optimizer = make_optimizer(
         model, resolved.optimizer_type, resolved.optimizer_config, device, clip, example
     )
@@ -184,6 +159,26 @@ def _build(
     return kind(model, optimizer, device, resolved.gas, resolved.micro_batch, scheduler)
 
 
+def _build_forward(
+    model: nn.Module, resolved: Any, device: torch.device, engine: str, ds_config: Mapping[str, Any]
+) -> ForwardEngine:
+    """The engine of a method that needs only losses."""
+    carrier = make_forward_optimizer(model, resolved.optimizer_type, resolved.optimizer_config)
+    scheduler = _scheduler(carrier, ds_config.get("scheduler"))
+    sizes = (resolved.gas, resolved.micro_batch)
+    # The sharded ones are not imported before they are asked for: it is not free.
+    if engine == "fsdp2":
+        from dsso.engines.forward_rows import ForwardFSDP2Engine
+
+        return ForwardFSDP2Engine(model, carrier, device, *sizes, scheduler)
+    stage = resolved.zero_stage if engine == "deepspeed" else None
+    if stage == 3:
+        from dsso.engines.forward_zero3 import ForwardZero3Engine
+
+        return ForwardZero3Engine(model, carrier, device, ds_config, scheduler)
+    return ForwardEngine(model.to(device), carrier, device, *sizes, scheduler, stage)
+
+
 def _engine(resolved: Any, environment: Environment) -> str:
     """Name of the engine to build: without a launcher it is `single`, whatever the recipe says."""
     asked: str = resolved.dsso.engine
@@ -195,7 +190,8 @@ def _engine(resolved: Any, environment: Environment) -> str:
             remedy="set dsso.engine to deepspeed, fsdp2 or ddp, or start without a launcher",
         )
     engine = "single" if environment.launcher == "none" else asked
-    if engine != "deepspeed" and resolved.ds_config.get("fp16", {}).get("enabled"):
+    scaled = resolved.ds_config.get("fp16", {}).get("enabled") and not is_forward(resolved.optimizer_type)
+    if engine != "deepspeed" and scaled:
         raise RecipeError(
             "fp16 needs DeepSpeed's loss scaling",
             where="fp16.enabled",

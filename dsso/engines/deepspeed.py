@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsso.engines import zero3
 from dsso.engines.base import EngineBase
 from dsso.engines.quiet import quiet
 from dsso.errors import RecipeError, RunError
@@ -33,7 +34,7 @@ _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """State of DeepSpeed's dynamic loss scaler."""
 
 
-def _release_shared_memory(device: torch.device) -> None:
+def release_shared_memory(device: torch.device) -> None:
     """Take the names off the shared memory of DeepSpeed's collectives on the CPU; collective.
 
     DeepSpeed does so only in a clean tear-down, so every run that ends otherwise leaves 69 MB a rank in `/dev/shm`
@@ -94,7 +95,7 @@ class DeepSpeedEngine(EngineBase):
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
         optimizer.dry_run = False
-        _release_shared_memory(device)
+        release_shared_memory(device)
         self._names = names
         self._dropped = 0
         buffers, spans = self._layout()
@@ -163,11 +164,9 @@ class DeepSpeedEngine(EngineBase):
         spans = []
         offset = 0
         for parameter in zero.fp16_groups[0]:
-            piece = int(parameter.partition_numel())
-            start = min(self.rank * piece, int(parameter.ds_numel))
-            numel = min(piece, int(parameter.ds_numel) - start)
+            start, numel = zero3.piece(parameter, self.rank)
             spans.append(Span(self._names[id(parameter)], start, numel, 0, offset))
-            offset += piece
+            offset += int(parameter.partition_numel())
         return list(zero.fp32_partitioned_groups_flat), spans
 
     def _verify(self, buffers: list[Tensor], spans: list[Span]) -> None:
@@ -288,28 +287,11 @@ class DeepSpeedEngine(EngineBase):
 
     def gathered_state_dict(self, trainable_only: bool = True) -> dict[str, Tensor]:
         """Full parameters by name on the CPU of rank 0, empty elsewhere; collective."""
-        import deepspeed
+        return zero3.state_dict(self.module, trainable_only, self.rank)
 
-        out: dict[str, Tensor] = {}
-        for name, parameter in self.module.named_parameters():
-            if trainable_only and not parameter.requires_grad:
-                continue
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
-                if self.rank == 0:
-                    out[name] = parameter.detach().cpu().clone()
-        return out
-
-    @torch.no_grad()
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite weights; see `dsso.engines.protocol.Engine.load_weights`."""
-        parameters = dict(self.module.named_parameters())
-        for name, value in self._known(tensors, parameters).items():
-            sharded: Any = parameters[name] if self.stage == 3 else None
-            if sharded is not None:
-                sharded.all_gather()
-            parameters[name].data.copy_(value)
-            if sharded is not None:
-                sharded.partition(has_been_updated=True)
+        zero3.load(self.module, self._known(tensors, dict(self.module.named_parameters())))
 
     def close(self) -> None:
         """Take the hooks off the model and let DeepSpeed release what it holds."""

@@ -1,10 +1,14 @@
-"""The engine of methods that need only losses, on one device or on replicas: no gradients, no graph."""
+"""The engine of methods that need only losses: no gradients, no graph. Here on one device or on replicas.
+
+ZeRO's stages 0 to 2 are replicas as well: what stages 1 and 2 shard, gradients and the optimizer's state, is not there.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -12,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from dsso.engines.base import EngineBase
-from dsso.engines.shown import MasterWeights, SwappedWeights, weights_of
+from dsso.engines.digest import digest
+from dsso.engines.shown import meeting, trained, weights_of
 from dsso.errors import RunError
 from dsso.optim._probes import ForwardOptimizer
 from dsso.parallel import collectives
 from dsso.parallel.averaging import same_everywhere
+from dsso.seedlog import Start
 
 _TOLERANCE = 1e-5
 """Two evaluations of the same batch with the same weights may differ so much, relatively."""
@@ -32,6 +38,7 @@ class ForwardEngine(EngineBase):
         gradient_accumulation_steps: micro-batches that a closure is expected to evaluate.
         micro_batch_size: examples per rank and micro-batch.
         scheduler: learning-rate scheduler on the optimizer, or None.
+        stage: ZeRO stage of the recipe, where it asks for DeepSpeed.
     """
 
     def __init__(
@@ -42,19 +49,33 @@ class ForwardEngine(EngineBase):
         gradient_accumulation_steps: int,
         micro_batch_size: int,
         scheduler: Any = None,
+        stage: int | None = None,
     ) -> None:
         carrier: Any = optimizer
         super().__init__(module, carrier, device, gradient_accumulation_steps, micro_batch_size)
         self.scheduler = scheduler
-        same_everywhere(p.detach() for p in chain(module.parameters(), module.buffers()))
-        self._weights: MasterWeights | SwappedWeights = weights_of(module)
+        self._stage = stage
         self._forward: ForwardOptimizer = optimizer
-        optimizer.attach(self._weights, {piece.name: piece.base.numel() for piece in self._weights.pieces})
+        sizes = {name: parameter.numel() for name, parameter in trained(module).items()}
+        self._weights: Any = self._hold(module)
+        optimizer.attach(self._weights, sizes)
         self._trusted = False
+
+    def _hold(self, module: nn.Module) -> Any:
+        """Bring the model to this rank; what the method may see and move of its weights."""
+        same_everywhere(p.detach() for p in chain(module.parameters(), module.buffers()))
+        return weights_of(module)
+
+    @property
+    def stage(self) -> int | None:
+        """ZeRO stage, where there are stages."""
+        return self._stage
 
     @property
     def name(self) -> str:
         """Name of the engine, as a recipe writes it."""
+        if self._stage is not None:
+            return "deepspeed"
         return "single" if self.world_size == 1 else "ddp"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,20 +147,17 @@ class ForwardEngine(EngineBase):
             return
         self._trusted = True
         first = self._two(closure()).double()
-        if isinstance(self._weights, SwappedWeights):
-            with self._weights.meeting() as met:
-                second = self._two(closure()).double()
-            met = met.union(*collectives.gather_objects(met))
-            unmet = {piece.name for piece in self._weights.pieces} - met
-            self._weights.leave(unmet)
-            if unmet and self.rank == 0:
-                warnings.warn(
-                    f"{len(unmet)} trained parameter(s) stay as they are, because no forward pass goes through the"
-                    f" modules that hold them: {', '.join(sorted(unmet)[:5])}{' …' if len(unmet) > 5 else ''}",
-                    stacklevel=3,
-                )
-        else:
+        with meeting(self.module) as found:
             second = self._two(closure()).double()
+        met = found.union(*collectives.gather_objects(found))
+        unmet = {piece.name for piece in self._weights.pieces} - met
+        self.leave(unmet)
+        if unmet and self.rank == 0:
+            warnings.warn(
+                f"{len(unmet)} trained parameter(s) stay as they are, because no forward pass goes through the"
+                f" modules that hold them: {', '.join(sorted(unmet)[:5])}{' …' if len(unmet) > 5 else ''}",
+                stacklevel=3,
+            )
         if torch.isfinite(first).all() and (first - second).abs().max() > _TOLERANCE * first.abs().max():
             raise RunError(
                 "two evaluations of the same batch differ: something random is on in evaluation mode",
@@ -147,6 +165,62 @@ class ForwardEngine(EngineBase):
                 got=f"{first[0].item()!r} and {second[0].item()!r}",
                 remedy="switch off dropout that ignores module.eval(), or draw the batch outside the closure",
             )
+
+    def leave(self, names: Collection[str]) -> None:
+        """Move all trained parameters but these: a step along a direction that no loss has felt is one at random.
+
+        Args:
+            names: cleaned ones.
+        """
+        self._weights.pieces = [replace(p, moved=p.name not in names) for p in self._weights.pieces]
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Names of trained parameters that are not moved; known after the first step."""
+        return tuple(piece.name for piece in self._weights.pieces if not piece.moved)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is needed to take the last step again, see `dsso.seedlog`."""
+        return self._forward.record
+
+    def digest(self) -> str:
+        """A number that stands for all weights, see `dsso.engines.digest`; collective.
+
+        Raises:
+            RunError: two ranks that should hold the same do not.
+        """
+        return digest(self._forward)
+
+    def replay(self, steps: Iterable[tuple[Start, Mapping[str, Any]]]) -> None:
+        """Take steps again from a seed log, without evaluating anything; collective.
+
+        Args:
+            steps: from `SeedLog.between`.
+
+        Raises:
+            RunError: the weights are others than those that the log was written with.
+        """
+        method: Any = self._forward.forward_method
+        config = method.config
+        try:
+            for start, record in steps:
+                self.leave(start.left)
+                method.config = type(config)(**start.params)
+                self._forward.replay(record)
+                if self.scheduler is not None:
+                    self.scheduler.step()
+                self._after_step()
+                if "digest" in record and record["digest"] != self.digest():
+                    raise RunError(
+                        f"the weights after step {record['step']} are not those of the run",
+                        where="seed log",
+                        remedy="replay with the same start weights, and on the same kind of device unless"
+                        " optimizer.params.noise is 'rademacher'",
+                    )
+        finally:
+            method.config = config
+            self.publish_weights()
 
     def backward(self, loss: Tensor, terms: float | Tensor | None = None) -> None:
         """There are no gradients.
@@ -170,6 +244,5 @@ class ForwardEngine(EngineBase):
 
     def close(self) -> None:
         """Take the hooks off the model."""
-        if isinstance(self._weights, SwappedWeights):
-            self._weights.close()
+        self._weights.close()
         self._close_hooks()

@@ -4,14 +4,13 @@ Two forms. Weights in fp32 are swapped block by block: while a block runs, its p
 then to themselves again; at any time there is a copy of one block only, and nothing is ever written over. Of embeddings
 outside the blocks only the rows that are looked up are copied, and linear layers there (heads) go through their rows in
 parts no larger than a block. Weights in 16 bits have a master copy in fp32, from which they are written as a whole, and
-a last time when the step is done.
+a last time when the step is done; so have sharded ones, of which a rank writes just its own pieces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -30,33 +29,68 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {clean(n): p for n, p in module.named_parameters() if p.requires_grad}
 
 
-def decayed(module: nn.Module) -> set[int]:
-    """Identities of parameters that weight decay applies to: matrices, but not those of norms, by the owner's type."""
+def decayed(module: nn.Module) -> set[str]:
+    """Names of trained parameters that weight decay applies to: matrices, but not those of norms, by the owner's type.
+
+    Args:
+        module: not sharded yet.
+    """
     out = set()
     for owner in module.modules():
         if any(part in type(owner).__name__ for part in _NORMS):
             continue
         out |= {id(p) for name, p in owner.named_parameters(recurse=False) if name != "bias" and p.dim() > 1}
-    return out
+    return {name for name, p in trained(module).items() if id(p) in out}
 
 
-def _pieces(module: nn.Module, bases: dict[str, Tensor]) -> list[Piece]:
-    parameters, shrinking = trained(module), decayed(module)
-    return [Piece(name, 0, base.view(-1), id(parameters[name]) in shrinking) for name, base in bases.items()]
+@contextmanager
+def meeting(module: nn.Module) -> Iterator[set[str]]:
+    """Within it names of trained parameters are gathered whose block runs, or whose own module outside of blocks.
+
+    Args:
+        module: the model.
+    """
+    names = {id(p): n for n, p in trained(module).items()}
+    units = blocks(module)
+    inside = {id(part) for unit in units for part in unit.modules()}
+    owned = [(unit, [*unit.parameters()]) for unit in units]
+    owned += [(p, [*p.parameters(recurse=False)]) for p in module.modules() if id(p) not in inside]
+    met: set[str] = set()
+    handles = []
+    for part, parameters in owned:
+        own = {names[id(p)] for p in parameters if id(p) in names}
+        if own:
+            handles.append(part.register_forward_pre_hook(lambda *_, own=own: met.update(own)))
+    try:
+        yield met
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class MasterWeights:
-    """Weights of 16 bits with an fp32 copy that is stepped.
+    """Weights that are written anew for every perturbation, from a copy in fp32 that is stepped.
 
     Args:
-        module: the model; every rank has all of it.
+        pieces: copies of what this rank holds.
+        shown: what the model computes with, for each piece; contiguous.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._parameters = trained(module)
-        bases = {n: p.detach().to(torch.float32, copy=True) for n, p in self._parameters.items()}
-        self.pieces: Sequence[Piece] = _pieces(module, bases)
+    def __init__(self, pieces: Sequence[Piece], shown: Sequence[Tensor]) -> None:
+        self.pieces = pieces
+        self._shown = shown
         self._moved = False
+
+    @classmethod
+    def of_replica(cls, module: nn.Module) -> MasterWeights:
+        """For a model that every rank has all of."""
+        shrinking = decayed(module)
+        pieces, shown = [], []
+        for name, parameter in trained(module).items():
+            parameter.data = parameter.data.contiguous()
+            pieces.append(Piece(name, 0, copied(parameter.detach()), name in shrinking))
+            shown.append(parameter.data.view(-1))
+        return cls(pieces, shown)
 
     @contextmanager
     def showing(self, write: Write | None) -> Iterator[None]:
@@ -65,15 +99,28 @@ class MasterWeights:
             self.publish()
         if write is not None:
             self._moved = True
-            for piece in self.pieces:
-                write(piece.name, piece.start, piece.base, self._parameters[piece.name].data.view(-1))
+            for piece, out in zip(self.pieces, self._shown, strict=True):
+                write(piece.name, piece.start, piece.base, out)
         yield
 
     def publish(self) -> None:
         """Round the master copies to the model's weights."""
-        for piece in self.pieces:
-            self._parameters[piece.name].data.view(-1).copy_(piece.base)
+        for piece, out in zip(self.pieces, self._shown, strict=True):
+            out.copy_(piece.base)
         self._moved = False
+
+    def close(self) -> None:
+        """Nothing was put on the model."""
+
+
+def copied(weights: Tensor) -> Tensor:
+    """A flat fp32 copy.
+
+    Shapes:
+        weights: any, contiguous.
+        result: [numel].
+    """
+    return weights.to(torch.float32, copy=True).view(-1)
 
 
 class SwappedWeights:
@@ -88,10 +135,12 @@ class SwappedWeights:
         for parameter in parameters.values():
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()
-        self.pieces: Sequence[Piece] = _pieces(module, {n: p.detach() for n, p in parameters.items()})
+        shrinking = decayed(module)
+        self.pieces: Sequence[Piece] = [
+            Piece(name, 0, p.detach().view(-1), name in shrinking) for name, p in parameters.items()
+        ]
         self._names = {id(p): n for n, p in parameters.items()}
         self._write: Write | None = None
-        self._met: set[str] | None = None
         # Kept: memory that is taken anew comes page by page, which costs more than to fill it.
         self._scratch: Tensor | None = None
         # Parameters that point to a copy: themselves, what they point to otherwise, and by how many modules they are
@@ -179,8 +228,6 @@ class SwappedWeights:
         self._wrapped.append(part)
 
     def _swap(self, parameters: list[nn.Parameter]) -> None:
-        if self._met is not None:
-            self._met |= {self._names[id(parameter)] for parameter in parameters}
         if self._write is None:
             return
         fresh = [parameter for parameter in parameters if id(parameter) not in self._away]
@@ -216,19 +263,6 @@ class SwappedWeights:
                 parameter.data = home
 
     @contextmanager
-    def meeting(self) -> Iterator[set[str]]:
-        """Within it names of parameters are gathered whose modules run."""
-        self._met = set()
-        try:
-            yield self._met
-        finally:
-            self._met = None
-
-    def leave(self, names: set[str]) -> None:
-        """Do not move these parameters: no perturbation of them reaches a loss."""
-        self.pieces = [replace(piece, moved=piece.name not in names) for piece in self.pieces]
-
-    @contextmanager
     def showing(self, write: Write | None) -> Iterator[None]:
         """See `dsso.optim._probes.Weights`."""
         self._write = write
@@ -252,7 +286,7 @@ class SwappedWeights:
             del part.forward
 
 
-def weights_of(module: nn.Module) -> Any:
+def weights_of(module: nn.Module) -> SwappedWeights | MasterWeights:
     """The form that fits the model's number format.
 
     Args:
@@ -264,4 +298,5 @@ def weights_of(module: nn.Module) -> Any:
     kinds = {p.dtype for p in trained(module).values()}
     if len(kinds) > 1:
         raise ValueError(f"trained parameters of one number format are needed, got {sorted(map(str, kinds))}")
-    return SwappedWeights(module) if kinds <= {torch.float32, torch.float64} else MasterWeights(module)
+    wide = kinds <= {torch.float32, torch.float64}
+    return SwappedWeights(module) if wide else MasterWeights.of_replica(module)

@@ -154,6 +154,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         steps: steps taken, skipped ones included.
         skipped: of them, how many left the weights alone.
         consecutive_skips: skipped steps in a row.
+        record: what is needed to take the last step again: its number (from 1), learning rate and measures; JSON.
     """
 
     method: None = None
@@ -168,6 +169,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self.table = SpanTable({}, ())
         self._weights: Weights | None = None
         self._figures: dict[str, float] = {}
+        self.record: dict[str, Any] = {}
 
     def attach(self, weights: Weights, sizes: Mapping[str, int]) -> None:
         """Learn what is held; collective.
@@ -212,16 +214,41 @@ class ForwardOptimizer(torch.optim.Optimizer):
             # What is done next depends on these few numbers, which the host has to know for its seed log anyway.
             measures = method.measure(losses.cpu(), step)
             good = bool(torch.isfinite(losses).all()) and bool(torch.isfinite(measures).all())
-            if good:
-                moved = [piece for piece in self._weights.pieces if piece.moved]
-                method.update(moved, measures, step, float(self.param_groups[0]["lr"]))
+            self._move(measures if good else None, float(self.param_groups[0]["lr"]))
         finally:
             self._weights.publish()
+        self._figures = {"slope": float(measures[:, 0].abs().mean()), "forwards": float(len(found))}
+        return losses.mean()
+
+    def _move(self, measures: Tensor | None, lr: float) -> None:
+        """Move the weights and count the step; without measures, a skipped one."""
+        assert self._weights is not None
+        good = measures is not None
+        if measures is not None:
+            moved = [piece for piece in self._weights.pieces if piece.moved]
+            self.forward_method.update(moved, measures, self.steps, lr)
         self.skipped += not good
         self.consecutive_skips = 0 if good else self.consecutive_skips + 1
-        self._figures = {"slope": float(measures[:, 0].abs().mean()), "forwards": float(len(found))}
         self.steps += 1
-        return losses.mean()
+        told = [] if measures is None else measures.tolist()
+        self.record = {"step": self.steps, "lr": lr, "measures": told}
+        if not good:
+            self.record["skipped"] = True
+
+    @torch.no_grad()
+    def replay(self, record: Mapping[str, Any]) -> None:
+        """Take a step again without evaluating anything; the weights that the model computes with stay behind.
+
+        Args:
+            record: what `record` was after that step.
+
+        Raises:
+            ValueError: it is not that of the next step.
+        """
+        if record["step"] != self.steps + 1:
+            raise ValueError(f"step {self.steps + 1} is next, and the record is of step {record['step']}")
+        told = None if record.get("skipped") else torch.tensor(record["measures"], dtype=torch.float64)
+        self._move(told, float(record["lr"]))
 
     # -- reports and state --------------------------------------------------------------------------------------
 

@@ -45,8 +45,8 @@ import torch  # noqa: E402
 
 from dsso import engines, tasks  # noqa: E402
 from dsso.recipe import ResolvedRecipe, load_recipe  # noqa: E402
+from dsso.seeding import seed_everything  # noqa: E402
 from dsso.tasks.data import global_batch  # noqa: E402
-from launch.prepare import seed_everything  # noqa: E402
 
 MODES = ("none", "pre", "post")
 SENSES = ("mean", "term", "split", "relative")

@@ -11,7 +11,7 @@ from tests.house.files import ROOT, python_files, short
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "files", "linalg", "schedule", "config"),
     ("curvature", "parallel"),
-    ("clip", "optim"),
+    ("clip", "optim", "seedlog"),
     ("engines",),
     (
         "ds_keys",
@@ -23,6 +23,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "results",
         "plots",
         "plan",
+        "replay",
+        "seeding",
         "tasks",
     ),
     ("launch",),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,87 +14,224 @@ from torch import Tensor, nn
 
 from dsso.engines import launch_environment, make_forward_optimizer, start, stop
 from dsso.engines.forward import ForwardEngine
-from dsso.optim.mezo import Config
+from dsso.engines.forward_rows import ForwardFSDP2Engine, GatheredWeights
+from dsso.engines.forward_zero3 import ForwardZero3Engine
+from dsso.engines.shown import MasterWeights
+from dsso.optim import resolve
 from dsso.parallel import collectives
 from dsso.parallel.collectives import gather_objects
 from tests.scenarios import report
 
 CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def net(seed: int) -> nn.Module:
-    """Two layers."""
+class Net(nn.Module):
+    """Blocks, rows that no number of ranks divides, fewer rows than ranks, a tied head, a vector of the root's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 6)) for _ in range(2)
+        )
+        self.gate, self.shift = nn.Linear(6, 1), nn.Parameter(torch.tensor([-0.0] + [0.1] * 5))
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embed(ids) + self.shift
+        for layer in self.layers:
+            h = h + layer(h)
+        return self.head(self.norm(h * torch.sigmoid(self.gate(h))))
+
+
+def net(seed: int) -> Net:
+    """With weights of a seed."""
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 5))
+    return Net()
 
 
-def run(ranks: int, rank: int, steps: int, **settings: Any) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of the steps on batches of 16, of which this rank has its share; the weights."""
-    model = net(rank)
-    engine = ForwardEngine(model, make_forward_optimizer(model, "MeZO", Config(**settings)), CPU, 1, 4)
-    losses = []
-    for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
-        x, y = torch.randn(16, 6, generator=generator), torch.randint(5, (16,), generator=generator)
-        mine = slice(rank * 16 // ranks, (rank + 1) * 16 // ranks)
+def made(kind: str, model: nn.Module, method: str = "MeZO", **settings: Any) -> ForwardEngine:
+    """An engine: `replica`, `fsdp2` or `zero3`."""
+    optimizer = make_forward_optimizer(model, method, resolve(method).Config(**settings))
+    if kind == "replica":
+        return ForwardEngine(model, optimizer, CPU, 1, 4)
+    if kind == "fsdp2":
+        return ForwardFSDP2Engine(model, optimizer, CPU, 1, 4)
+    dtype = next(model.parameters()).dtype
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+    }
+    return ForwardZero3Engine(model, optimizer, CPU, config)
 
-        def closure(x: Tensor = x[mine], y: Tensor = y[mine], engine: Any = engine) -> Tensor:
-            found = nn.functional.cross_entropy(engine(x).double(), y, reduction="sum")
-            return torch.stack([found, torch.tensor(float(len(y)), dtype=torch.float64)])
 
-        losses.append(float(engine.step(closure)))
-    return losses, engine.gathered_state_dict()
+def closure(engine: ForwardEngine, step: int, ranks: int, rank: int, together: int = 1) -> Any:
+    """Losses of this rank's share of 8 examples, each in a pass of its own: the share has no say in them."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(11, (8, 3), generator=generator)[rank * 8 // ranks : (rank + 1) * 8 // ranks]
+
+    def evaluate() -> Tensor:
+        total = torch.zeros(2, dtype=torch.float64)
+        for one in ids.split(together):
+            logits = engine(one).double().flatten(0, 1)
+            total[0] += nn.functional.cross_entropy(logits, one.roll(1, 1).flatten(), reduction="sum")
+            total[1] += one.numel()
+        return total
+
+    return evaluate
 
 
-def the_course_of_one_process(noise: str, sides: int) -> list[str]:
-    """Losses to 1e-6, though every rank began with other weights; the ranks stay the same bit by bit."""
-    settings = {"noise": noise, "sides": sides, "lr": 1e-2, "directions": 2}
-    world, rank = collectives.world_size(), collectives.rank()
-    mine, weights = run(world, rank, 30, **settings)
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process knows of no others."""
     known = collectives.is_distributed
     collectives.is_distributed = lambda: False
     try:
-        alone, theirs = run(1, 0, 30, **settings)
+        yield
     finally:
         collectives.is_distributed = known
+
+
+def run(
+    engine: ForwardEngine, ranks: int, rank: int, steps: int, first: int = 0
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of some steps, and the weights that this rank can tell."""
+    losses = [float(engine.step(closure(engine, step, ranks, rank))) for step in range(first, first + steps)]
+    return losses, engine.gathered_state_dict()
+
+
+def the_course_of_one_process(kind: str, dtype: str, **settings: Any) -> list[str]:
+    """Losses to 1e-6, though every rank began with other weights; with signs for directions the weights bit by bit."""
+    world, rank = collectives.world_size(), collectives.rank()
+    settings = {"lr": 1e-2, "directions": 2, "weight_decay": 0.1, **settings}
+    engine = made(kind, net(rank).to(DTYPES[dtype]), **settings)
+    mine, weights = run(engine, world, rank, 8)
+    with alone():
+        one, theirs = run(made("replica", net(0).to(DTYPES[dtype]), **settings), 1, 0, 8)
     problems = [
         f"step {i}: {a} {b}"
-        for i, (a, b) in enumerate(zip(mine, alone, strict=True))
-        if not abs(a - b) <= 1e-6 * b
+        for i, (a, b) in enumerate(zip(mine, one, strict=True))
+        if not abs(a - b) <= 1e-6 * abs(b)
     ]
-    problems += [n for n in theirs if not (weights[n] - theirs[n]).abs().max() <= 1e-5]
-    own = {n: v.tolist() for n, v in weights.items()}
-    problems += ["the ranks differ"] if any(one != own for one in gather_objects(own)) else []
+    exact = settings["noise"] == "rademacher"
+    for name, found in weights.items():
+        distance = (found.double() - theirs[name].double()).abs().max()
+        if not distance <= (0.0 if exact else 1e-6):
+            problems.append(f"{name}: {distance}")
+    if set(mine) != set(gather_objects(mine)[0]):
+        problems.append("the ranks tell other losses")
+    if rank == 0 and weights.keys() != theirs.keys():
+        problems.append(f"weights of other names: {list(weights)}")
+    engine.close()
     return problems
 
 
-def a_bad_loss_on_one_rank(rank: int) -> list[str]:
-    """All ranks skip together, and go on together."""
-    model = net(0)
-    engine = ForwardEngine(model, make_forward_optimizer(model, "MeZO", Config(lr=1e-2)), CPU, 1, 4)
-    engine.step(
-        lambda: engine(torch.ones(1, 6)).double().sum() * torch.tensor([1.0, 0.0]) + torch.tensor([0.0, 1.0])
-    )
+def steps_of_no_length(kind: str, dtype: str, steps: int) -> list[str]:
+    """They change no bit, on no rank."""
+    engine = made(kind, net(0).to(DTYPES[dtype]), lr=1e-2)
+    engine.optimizer.param_groups[0]["lr"] = 0.0
+    world, rank = collectives.world_size(), collectives.rank()
     before = engine.gathered_state_dict()
-    bad = float("nan") if collectives.rank() == rank else 1.0
-    engine.step(lambda: torch.tensor([bad, 1.0]))
+    for step in range(steps):
+        engine.step(closure(engine, step % 3, world, rank, 8))
+    after = engine.gathered_state_dict()
+    as_bits = torch.int32 if dtype == "fp32" else torch.int16
+    problems = [n for n, v in before.items() if not torch.equal(v.view(as_bits), after[n].view(as_bits))]
+    if not engine.health()["slope"] > 0:
+        problems.append("nothing was perturbed")
+    engine.close()
+    return problems
+
+
+def a_bad_loss_on_one_rank(kind: str, bad_rank: int) -> list[str]:
+    """All ranks skip together, and go on together."""
+    world, rank = collectives.world_size(), collectives.rank()
+    engine = made(kind, net(0), lr=1e-2)
+    run(engine, world, rank, 1)
+    before = engine.gathered_state_dict()
+    plain, bad = closure(engine, 1, world, rank), float("nan") if rank == bad_rank else 1.0
+    engine.step(lambda: plain() * bad)
     after = engine.gathered_state_dict()
     problems = [n for n in before if not torch.equal(before[n], after[n])]
     if set(gather_objects(engine.health()["skipped_steps"])) != {1.0}:
         problems.append(str(engine.health()))
+    run(engine, world, rank, 1, 2)
+    moved = engine.gathered_state_dict()
+    if rank == 0 and all(torch.equal(moved[n], after[n]) for n in after):
+        problems.append("no step is taken afterwards")
+    engine.close()
     return problems
+
+
+def what_a_rank_keeps(kind: str, dtype: str) -> list[str]:
+    """Its share of the weights, and of the fp32 copy where there is one, and no more."""
+    world = collectives.world_size()
+    model = net(0).to(DTYPES[dtype])
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    rows = {n: p.shape[0] for n, p in model.named_parameters()}
+    engine = made(kind, model, lr=1e-2)
+    pieces = {piece.name: piece.base.numel() for piece in engine._weights.pieces}
+    copies = isinstance(engine._weights, MasterWeights)
+    if (
+        copies == (kind == "fsdp2" and dtype == "fp32")
+        or isinstance(engine._weights, GatheredWeights) == copies
+    ):
+        return [type(engine._weights).__name__]
+    problems = []
+    for name, size in sizes.items():
+        most = -(-rows[name] // world) * (size // rows[name]) if kind == "fsdp2" else -(-size // world)
+        if pieces[name] > most:
+            problems.append(f"{name}: {pieces[name]} of {size}")
+    kept = 4 * sum(pieces.values()) if copies else 0
+    if engine.state_bytes() != kept:
+        problems.append(f"state of {engine.state_bytes()} bytes, not {kept}")
+    engine.close()
+    return problems
+
+
+def a_checkpoint_goes_on(kind: str, into: str, dtype: str, folder: str) -> list[str]:
+    """Another engine takes over what one wrote, exactly."""
+    world, rank = collectives.world_size(), collectives.rank()
+    settings = {"lr": 1e-2, "noise": "rademacher"}
+    straight = made(kind, net(0).to(DTYPES[dtype]), **settings)
+    run(straight, world, rank, 3)
+    straight.save_checkpoint(folder, f"{kind}-{into}-{dtype}", {"at": 3})
+    theirs, wanted = run(straight, world, rank, 3, 3)
+    straight.close()
+    other = made(into, net(1).to(DTYPES[dtype]), **settings)
+    other.load_checkpoint(folder, f"{kind}-{into}-{dtype}")
+    mine, found = run(other, world, rank, 3, 3)
+    other.close()
+    problems = [] if mine == theirs else [f"{mine} {theirs}"]
+    return problems + [n for n in found if not torch.equal(found[n], wanted.get(n, found[n]))]
 
 
 def main() -> None:
     """Run all scenarios."""
-    out = Path(sys.argv[1])
+    out, steps = Path(sys.argv[1]), int(os.environ.get("STEPS_OF_NO_LENGTH", "20"))
     start(launch_environment(), 2.0)
     torch.set_num_threads(1)
-    for noise in ("gaussian", "rademacher"):
-        for sides in (1, 2):
-            report(out, the_course_of_one_process, (noise, sides))
-    for rank in (0, 1):
-        report(out, a_bad_loss_on_one_rank, (rank,))
+    for kind in ("replica", "fsdp2", "zero3"):
+        for noise in ("gaussian", "rademacher"):
+            for sides in (1, 2):
+                report(out, the_course_of_one_process, (kind, "fp32"), noise=noise, sides=sides)
+        report(out, the_course_of_one_process, (kind, "bf16"), noise="rademacher")
+        for dtype in ("fp32", "bf16", "fp16"):
+            if (kind, dtype) != ("zero3", "fp16"):  # DeepSpeed refuses fp16 on a CPU
+                report(out, steps_of_no_length, (kind, dtype, steps))
+        report(out, a_bad_loss_on_one_rank, (kind, 0))
+        report(out, a_bad_loss_on_one_rank, (kind, 1))
+    for kind in ("fsdp2", "zero3"):
+        for dtype in ("fp32", "bf16"):
+            report(out, what_a_rank_keeps, (kind, dtype))
+    for kind, into in (("replica", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "replica"), ("zero3", "zero3")):
+        report(out, a_checkpoint_goes_on, (kind, into, "bf16", str(out.parent)))
     stop()
 
 

@@ -1,4 +1,4 @@
-"""Methods that need only losses, on two and four replicas."""
+"""Methods that need only losses, on two and four ranks: replicas, FSDP2 and ZeRO-3."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import pytest
 from tests import scenarios
 
 HERE = Path(__file__).resolve().parent
-SCENARIOS = {"the_course_of_one_process": 4, "a_bad_loss_on_one_rank": 2}
+SCENARIOS = {
+    "the_course_of_one_process": 15,
+    "steps_of_no_length": 8,
+    "a_bad_loss_on_one_rank": 6,
+    "what_a_rank_keeps": 4,
+    "a_checkpoint_goes_on": 4,
+}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
