@@ -12,7 +12,7 @@ from torch import Tensor
 _CHUNK = 1 << 18
 _MIX = -7046029254386353131
 """An odd number: 2^64 over the golden ratio, as a signed one."""
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 @torch.no_grad()
@@ -30,6 +30,8 @@ def checksum(tensor: Tensor, start: int = 0) -> int:
         A number from 0 to 2^64 - 1. Sums of pieces are to be added modulo 2^64.
     """
     bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
+    # The highest bit of 64 would vanish from the sum of an even number of elements: halves have places of their own.
+    start *= bits.numel() // max(1, tensor.numel())
     total = 0
     for at in range(0, bits.numel(), _CHUNK):
         part = bits[at : at + _CHUNK].to(torch.int64)
