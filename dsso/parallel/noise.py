@@ -31,12 +31,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dsso.parallel import noise_cpu
+from dsso.parallel import noise_cpu, noise_triton
 
 Kind = Literal["rademacher", "gaussian"]
 
-MAX_STREAM = 2**24
-"""Streams of one seed and name."""
+MAX_STREAM = 2**23
+"""Streams of one seed and name; as many above them are those of `rounding.py`."""
 PER_BLOCK: dict[Kind, int] = {"rademacher": 128, "gaussian": 4}
 """Elements that one counter gives."""
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -63,7 +63,7 @@ class Direction:
     Attributes:
         seed: 64 bits.
         name: of the parameter; cleaned by `clean`.
-        stream: tells apart several directions of one seed, below 2^24.
+        stream: tells apart several directions of one seed, below 2^23.
         kind: its distribution.
     """
 
@@ -107,6 +107,33 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
+def words_of(
+    direction: Direction, stream: int, per: int, start: int, count: int, device: torch.device | str
+) -> Tensor:
+    """Philox's words of the blocks that elements start, …, start + count - 1 lie in.
+
+    Args:
+        direction: seed and name.
+        stream: in the place of the direction's own.
+        per: elements a block.
+        start: first flat index.
+        count: number of elements.
+        device: where.
+
+    Shapes:
+        result: [blocks, 4], int64.
+    """
+    seed_0, seed_1, name_0, name_1, _ = direction.words
+    block = torch.arange(start // per, -(-(start + count) // per), device=device, dtype=torch.int64)
+    counter = (
+        block & _WORD,
+        torch.full_like(block, name_0),
+        torch.full_like(block, name_1),
+        (block >> 32) | (stream << 8),
+    )
+    return torch.stack(philox(counter, (seed_0, seed_1)), 1)
+
+
 def sample(direction: Direction, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """Elements start, …, start + count - 1 of z, in fp32: the specification in torch's own operations.
 
@@ -119,17 +146,8 @@ def sample(direction: Direction, start: int, count: int, device: torch.device | 
     Shapes:
         result: [count].
     """
-    seed_0, seed_1, name_0, name_1, stream = direction.words
     per = PER_BLOCK[direction.kind]
-    first, end = start // per, -(-(start + count) // per)
-    block = torch.arange(first, end, device=device, dtype=torch.int64)
-    counter = (
-        block & _WORD,
-        torch.full_like(block, name_0),
-        torch.full_like(block, name_1),
-        (block >> 32) | (stream << 8),
-    )
-    words = torch.stack(philox(counter, (seed_0, seed_1)), 1)
+    words = words_of(direction, direction.stream, per, start, count, device)
     if direction.kind == "rademacher":
         bits = (words.unsqueeze(2) >> torch.arange(32, device=device)) & 1
         z = 1.0 - 2.0 * bits.to(torch.float32)
@@ -138,7 +156,7 @@ def sample(direction: Direction, start: int, count: int, device: torch.device | 
         turn = (words[:, 1::2] >> 8).to(torch.float32) * (2.0 * torch.pi / 2.0**24)
         radius = torch.sqrt(-2.0 * torch.log(u))
         z = torch.stack([radius * torch.cos(turn), radius * torch.sin(turn)], 2)
-    return z.reshape(-1).narrow(0, start - first * per, count)
+    return z.reshape(-1).narrow(0, start % per, count)
 
 
 @torch.no_grad()
@@ -161,8 +179,8 @@ def add(out: Tensor, base: Tensor, direction: Direction, start: int, scale: floa
         raise ValueError(f"no noise can be added to {base.dtype} and kept in {out.dtype}")
     if not out.numel():
         return
-    words = direction.words
-    if noise_cpu.add(out, base, words, direction.kind == "gaussian", start, scale):
+    fused = noise_triton if out.is_cuda else noise_cpu
+    if fused.add(out, base, direction.words, direction.kind, start, scale):
         return
     into, of = out.view(-1), base.view(-1)
     for at in range(0, out.numel(), _CHUNK):

@@ -22,10 +22,17 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("philox.cpp")
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++17"]
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_KINDS = {None: 0, "rademacher": 1, "gaussian": 2}
 
 
 def add(
-    out: Tensor, base: Tensor, words: tuple[int, int, int, int, int], gaussian: bool, start: int, scale: float
+    out: Tensor,
+    base: Tensor,
+    words: tuple[int, int, int, int, int],
+    kind: str | None,
+    start: int,
+    scale: float,
+    rounding: int | None = None,
 ) -> bool:
     """Set `out` to base + scale z, where there is a kernel for it.
 
@@ -33,9 +40,10 @@ def add(
         out: contiguous.
         base: contiguous, of its size.
         words: of the direction.
-        gaussian: else Rademacher.
+        kind: of z; None: out = base, rounded.
         start: unsharded flat index of the first element.
         scale: of z.
+        rounding: stream of the bits of stochastic rounding (`rounding.py`); None: to the nearest.
 
     Returns:
         Whether it was done.
@@ -46,7 +54,7 @@ def add(
     library = _library()
     if library is None:
         return False
-    key = (ctypes.c_uint32 * 5)(*words)
+    key = (ctypes.c_uint32 * 6)(*words, rounding or 0)
     threads = torch.get_num_threads()
     status: int = library.dsso_add_noise(
         out.data_ptr(),
@@ -56,7 +64,8 @@ def add(
         out.numel(),
         start,
         key,
-        int(gaussian),
+        _KINDS[kind],
+        int(rounding is not None),
         scale,
         threads,
     )
@@ -80,7 +89,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.dsso_add_noise.argtypes = [pointer, pointer, number, number, ctypes.c_int64, ctypes.c_uint64]
-    library.dsso_add_noise.argtypes += [pointer, number, ctypes.c_float, number]
+    library.dsso_add_noise.argtypes += [pointer, number, number, ctypes.c_float, number]
     library.dsso_add_noise.restype = ctypes.c_int
     return library
 

@@ -1,7 +1,7 @@
 // out[i] = base[i] + scale z[first + i], z from Philox4x32-10: the fused kernel of dsso.parallel.noise for CPUs.
 //
-// The specification is in noise.py; this file gives the same stream (Rademacher bit by bit, Gaussian up to the
-// rounding of log, sin and cos). Plain C interface, so that it is built without any headers but the standard ones.
+// The specification is in noise.py, that of stochastic rounding in rounding.py; this file gives the same stream
+// (Rademacher bit by bit, Gaussian up to the rounding of log, sin and cos). Plain C interface, so that it is built without any headers but the standard ones.
 
 #include <cstdint>
 #include <cstring>
@@ -118,6 +118,18 @@ inline void gaussian(const Key& key, uint64_t first, float* z) {
     }
 }
 
+// Words of kLanes blocks of four elements, one each: the bits of stochastic rounding.
+inline void whole(const Key& key, uint64_t first, uint32_t* out) {
+    uint32_t w[4][kLanes];
+    philox(key, first, w);
+    for (int i = 0; i < kLanes; ++i) {
+        out[4 * i] = w[0][i];
+        out[4 * i + 1] = w[1][i];
+        out[4 * i + 2] = w[2][i];
+        out[4 * i + 3] = w[3][i];
+    }
+}
+
 // z of kLanes blocks of 128: one bit each, a set bit is -1.
 inline void rademacher(const Key& key, uint64_t first, float* z) {
     uint32_t w[4][kLanes];
@@ -146,6 +158,13 @@ struct BFloat16 {
         const uint32_t is_nan = 0u - static_cast<uint32_t>((bits & 0x7FFFFFFFu) > 0x7F800000u);
         return static_cast<uint16_t>((nan & is_nan) | (rounded & ~is_nan));
     }
+    // The lower 16 bits are dropped, and carry with the probability of what they stand for.
+    static inline uint16_t store(float x, uint32_t word) {
+        const uint32_t bits = as_bits(x);
+        const uint32_t special = 0u - static_cast<uint32_t>((bits & 0x7F800000u) == 0x7F800000u);
+        const uint32_t rounded = (bits + (word >> 16)) >> 16;
+        return static_cast<uint16_t>((store(x) & special) | (rounded & ~special));
+    }
 };
 
 #if defined(__FLT16_MAX__)
@@ -153,61 +172,93 @@ struct Half {
     using type = _Float16;
     static inline float load(_Float16 x) { return static_cast<float>(x); }
     static inline _Float16 store(float x) { return static_cast<_Float16>(x); }
+    // As above, with a number of dropped bits that grows below the normal numbers of fp16.
+    static inline _Float16 store(float x, uint32_t word) {
+        const uint32_t bits = as_bits(x), raised = bits >> 23 & 0xFFu;
+        const uint32_t exponent = raised > 1 ? raised : 1, top = exponent > 113 ? exponent : 113;
+        const uint32_t dropped = 13 + top - exponent;
+        const uint64_t significand = (bits & 0x7FFFFFu) | (raised ? 1u << 23 : 0u);
+        const uint64_t fixed = (significand << 32) >> (dropped < 63 ? dropped : 63);
+        const uint32_t magnitude = ((top - 113) << 10) + static_cast<uint32_t>((fixed + word) >> 32);
+        const uint16_t rounded =
+            static_cast<uint16_t>((magnitude < 0x7C00u ? magnitude : 0x7C00u) | (bits >> 16 & 0x8000u));
+        _Float16 out = static_cast<_Float16>(x);
+        if (raised != 0xFFu) std::memcpy(&out, &rounded, sizeof out);
+        return out;
+    }
 };
 #endif
 
-template <typename Out, typename Base, bool kGaussian>
-void run(void* out_, const void* base_, int64_t count, uint64_t start, const Key& key, float scale, int threads) {
+enum Kind { kNone, kRademacher, kGaussian };
+
+template <typename Out, typename Base, Kind kKind, bool kStochastic>
+void run(void* out_, const void* base_, int64_t count, uint64_t start, const Key& key, uint32_t rounding, float scale,
+         int threads) {
     auto* out = static_cast<typename Out::type*>(out_);
     const auto* base = static_cast<const typename Base::type*>(base_);
-    constexpr int64_t kPer = kGaussian ? 4 : 128;
+    constexpr int64_t kPer = kKind == kRademacher ? 128 : 4;
     constexpr int64_t kChunk = kPer * kLanes;
+    const Key bits_key{key.seed0, key.seed1, key.name0, key.name1, rounding};
     const uint64_t first = start / kChunk * kChunk, end = start + static_cast<uint64_t>(count);
     const int64_t chunks = static_cast<int64_t>((end - first + kChunk - 1) / kChunk);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         alignas(64) float z[kChunk];
+        alignas(64) uint32_t words[kStochastic ? kChunk : 1];
         const uint64_t at = first + static_cast<uint64_t>(chunk) * kChunk;
-        if (kGaussian)
-            gaussian(key, at / kPer, z);
-        else
-            rademacher(key, at / kPer, z);
+        if constexpr (kKind == kGaussian) gaussian(key, at / kPer, z);
+        if constexpr (kKind == kRademacher) rademacher(key, at / kPer, z);
+        if constexpr (kStochastic)
+            for (int64_t i = 0; i < kChunk; i += 4 * kLanes) whole(bits_key, (at + i) / 4, words + i);
         const uint64_t from = at < start ? start : at, to = at + kChunk < end ? at + kChunk : end;
-        const float* mine = z + (from - at);
+        const int64_t skipped = static_cast<int64_t>(from - at), length = static_cast<int64_t>(to - from);
         auto* into = out + (from - start);
         const auto* of = base + (from - start);
-        const int64_t length = static_cast<int64_t>(to - from);
-        for (int64_t i = 0; i < length; ++i) into[i] = Out::store(Base::load(of[i]) + scale * mine[i]);
+        for (int64_t i = 0; i < length; ++i) {
+            float value = Base::load(of[i]);
+            if constexpr (kKind != kNone) value += scale * z[skipped + i];
+            if constexpr (kStochastic)
+                into[i] = Out::store(value, words[skipped + i]);
+            else
+                into[i] = Out::store(value);
+        }
     }
 }
 
-template <typename Out, typename Base>
-void choose(void* out, const void* base, int64_t n, uint64_t start, const Key& key, int gaussian, float scale, int t) {
-    if (gaussian)
-        run<Out, Base, true>(out, base, n, start, key, scale, t);
+template <typename Out, typename Base, bool kStochastic>
+int choose(int kind, void* out, const void* base, int64_t n, uint64_t start, const Key& key, uint32_t rounding,
+           float scale, int t) {
+    if (kind == kGaussian)
+        run<Out, Base, kGaussian, kStochastic>(out, base, n, start, key, rounding, scale, t);
+    else if (kind == kRademacher)
+        run<Out, Base, kRademacher, kStochastic>(out, base, n, start, key, rounding, scale, t);
     else
-        run<Out, Base, false>(out, base, n, start, key, scale, t);
+        run<Out, Base, kNone, kStochastic>(out, base, n, start, key, rounding, scale, t);
+    return 0;
 }
 
 }  // namespace
 
-// Types: 0 float32, 1 bfloat16, 2 float16. Returns 0, or 1 for types that this machine's compiler does not know.
+// Types: 0 float32, 1 bfloat16, 2 float16. Kinds: 0 none, 1 Rademacher, 2 Gaussian. The key: seed (2), name (2), stream,
+// stream of the bits of stochastic rounding. Returns 0, or 1 for types that there is no kernel for.
 extern "C" int dsso_add_noise(void* out, const void* base, int out_type, int base_type, int64_t count, uint64_t start,
-                              const uint32_t* key_, int gaussian, float scale, int threads) {
+                              const uint32_t* key_, int kind, int stochastic, float scale, int threads) {
     const Key key{key_[0], key_[1], key_[2], key_[3], key_[4]};
-    if (out_type == 0 && base_type == 0)
-        choose<Float, Float>(out, base, count, start, key, gaussian, scale, threads);
-    else if (out_type == 1 && base_type == 1)
-        choose<BFloat16, BFloat16>(out, base, count, start, key, gaussian, scale, threads);
-    else if (out_type == 1 && base_type == 0)
-        choose<BFloat16, Float>(out, base, count, start, key, gaussian, scale, threads);
+    const int types = stochastic * 100 + out_type * 10 + base_type;
+#define DSSO_TYPES(number, Out, Base, rounded) \
+    case number: return choose<Out, Base, rounded>(kind, out, base, count, start, key, key_[5], scale, threads);
+    switch (types) {
+        DSSO_TYPES(0, Float, Float, false)
+        DSSO_TYPES(10, BFloat16, Float, false)
+        DSSO_TYPES(11, BFloat16, BFloat16, false)
+        DSSO_TYPES(110, BFloat16, Float, true)
+        DSSO_TYPES(111, BFloat16, BFloat16, true)
 #if defined(__FLT16_MAX__)
-    else if (out_type == 2 && base_type == 2)
-        choose<Half, Half>(out, base, count, start, key, gaussian, scale, threads);
-    else if (out_type == 2 && base_type == 0)
-        choose<Half, Float>(out, base, count, start, key, gaussian, scale, threads);
+        DSSO_TYPES(20, Half, Float, false)
+        DSSO_TYPES(22, Half, Half, false)
+        DSSO_TYPES(120, Half, Float, true)
+        DSSO_TYPES(122, Half, Half, true)
 #endif
-    else
-        return 1;
-    return 0;
+        default: return 1;
+    }
 }

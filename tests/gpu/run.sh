@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The checks that need a GPU, without a network and in less than nine minutes: laws on CUDA, then time and memory of
-# T5-3B with LoRA in bf16.
+# The checks that need a GPU, without a network and in less than nine minutes: laws on CUDA, time and memory of T5-3B with
+# LoRA in bf16, then random directions and the step of MeZO on T5-3B.
 #   bash tests/gpu/run.sh [WHEELS [OUT]]
 # WHEELS: a folder of wheels for what the machine's Python lacks (deepspeed, hjson, pydantic, datasets …); OUT: a folder
 # for the figures (default: runs/gpu).
@@ -22,5 +22,6 @@ import sys, torch
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(f"python {sys.version.split()[0]}, torch {torch.__version__}, {gpu}")
 PY
-timeout 200 python tests/gpu/laws.py
-timeout 330 python tests/gpu/t5.py --out "$out" --seconds 300
+timeout 180 python tests/gpu/laws.py
+timeout 240 python tests/gpu/t5.py --out "$out" --seconds 210
+timeout 110 python tests/gpu/mezo.py --out "$out"

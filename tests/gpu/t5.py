@@ -39,9 +39,8 @@ CONTESTANTS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def model(arguments: argparse.Namespace, device: torch.device) -> nn.Module:
-    """T5 with random weights and LoRA on q and v; bf16."""
-    from peft import LoraConfig, get_peft_model
+def plain_model(arguments: argparse.Namespace, device: torch.device) -> Any:
+    """T5 with random weights; bf16."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     wide = arguments.width
@@ -57,7 +56,14 @@ def model(arguments: argparse.Namespace, device: torch.device) -> nn.Module:
     )
     torch.manual_seed(0)
     with torch.device(device):
-        base = T5ForConditionalGeneration(config).to(torch.bfloat16)
+        return T5ForConditionalGeneration(config).to(torch.bfloat16)
+
+
+def model(arguments: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The same with LoRA on q and v."""
+    from peft import LoraConfig, get_peft_model
+
+    base = plain_model(arguments, device)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     base.enable_input_require_grads()
     made = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q", "v"], lora_dropout=0.0))

@@ -24,6 +24,20 @@ def test_the_comparison_runs(command, tmp_path) -> None:
     assert found["adamw"]["steps"] == 4
 
 
+def test_directions_and_mezo_run(command, tmp_path) -> None:
+    small = ["--device", "cpu", "--layers", "2", "--width", "64", "--elements", "5000", "--steps", "2"]
+    done = command([sys.executable, HERE / "mezo.py", "--out", tmp_path, *small])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == json.loads((tmp_path / "mezo.json").read_text())
+    assert found["gaussian_error"] < 1e-5
+    for kind in ("rademacher", "gaussian"):
+        assert found["passes"][kind]["bf16"]["share"] > 0
+        step = found["steps"][kind]
+        assert step["ratio"] == step["step_s"] / step["forwards_s"] > 0
+        assert step["allowed_bytes"] > step["master_bytes"] == 2 * step["weight_bytes"]
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_the_laws_hold_on_one_device(command) -> None:

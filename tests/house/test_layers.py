@@ -37,6 +37,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "matplotlib": ("dsso/plots.py", "docs/"),
     "torchmetrics": ("dsso/tasks/metrics.py",),
     "peft": ("dsso/tasks/",),
+    "triton": ("dsso/parallel/philox_triton.py",),
 }
 """Where a heavy or fast-moving dependency may be imported."""
 
