@@ -90,9 +90,8 @@ class Engine(Protocol):
         """Figures about the last step; synchronizes with the device, so call it on logging steps only.
 
         Keys: `update_norm`, `grad_norm`, `cos_update_grad`, `clip_scale`, `clip_events`, `skipped_steps`,
-        `consecutive_skips`, `loss_scale`, and those of the method (`damping`, `factor_age`, `factor_failures` …; `slope`,
-        `forwards`,
-        `flat_steps` where only losses are needed).
+        `consecutive_skips`, `loss_scale`, and those of the method (`damping`, `factor_age`, `factor_failures` …;
+        `slope`, `forwards`, `flat_steps` where only losses are needed).
         """
 
     def table(self) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dsso.engines import launch_environment, make_forward_optimizer, start, stop
 from dsso.engines.forward import ForwardEngine
+from dsso.errors import RunError
 from dsso.optim.mezo import Config
 from dsso.parallel import collectives
 from dsso.parallel.collectives import gather_objects
@@ -82,6 +83,50 @@ def a_bad_loss_on_one_rank(rank: int) -> list[str]:
     return problems
 
 
+def sums_of_uneven_shares(rank: int) -> list[str]:
+    """F1 from the counts of all ranks, of which one has more examples than the others, is that of the whole."""
+    world, me = collectives.world_size(), collectives.rank()
+    model = net(0)
+    engine = ForwardEngine(model, make_forward_optimizer(model, "MeZO", Config(lr=1e-2, eps=0.3)), CPU, 1, 4)
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(40, 6, generator=generator), torch.randint(2, (40,), generator=generator)
+    own = torch.arange(40) % (world + 3)
+    mine = (own >= world) | (own == me) if me == rank else own == me
+    evaluations: list[list[float]] = []
+
+    def counts(picked: Tensor) -> Tensor:
+        made = engine(x[picked])[:, 0] > 0
+        wanted = y[picked] == 1
+        return torch.stack([(made & wanted).sum(), (made & ~wanted).sum(), (~made & wanted).sum()])
+
+    def closure() -> Tensor:
+        evaluations.append(counts(torch.ones(40, dtype=torch.bool)).tolist())
+        return counts(mine)
+
+    def value(sums: Tensor) -> Tensor:
+        return 1 - 2 * sums[:, 0] / (2 * sums[:, 0] + sums[:, 1] + sums[:, 2])
+
+    found = float(engine.step(closure, value))
+    whole = value(torch.tensor(evaluations[-2:], dtype=torch.float64))
+    slope = abs(float(whole[0] - whole[1])) / 0.6
+    problems = [] if found == float(whole.mean()) else [f"{found}, not {whole.tolist()}"]
+    problems += [] if slope > 0 and abs(engine.health()["slope"] - slope) < 1e-12 else [str(engine.health())]
+    weights = {n: v.tolist() for n, v in engine.gathered_state_dict().items()}
+    problems += ["the ranks differ"] if any(one != weights for one in gather_objects(weights)) else []
+    return problems
+
+
+def sums_of_another_number(rank: int) -> list[str]:
+    """All ranks end together when one has another number of sums than the others."""
+    model = net(0)
+    engine = ForwardEngine(model, make_forward_optimizer(model, "MeZO", Config()), CPU, 1, 4)
+    try:
+        engine.step(lambda: torch.ones(3 + (collectives.rank() == rank)), lambda sums: sums[:, 0])
+    except RunError as error:
+        return [] if "on every rank and always as many" in str(error) else [str(error)]
+    return ["no error"]
+
+
 def main() -> None:
     """Run all scenarios."""
     out = Path(sys.argv[1])
@@ -92,6 +137,8 @@ def main() -> None:
             report(out, the_course_of_one_process, (noise, sides))
     for rank in (0, 1):
         report(out, a_bad_loss_on_one_rank, (rank,))
+        report(out, sums_of_uneven_shares, (rank,))
+        report(out, sums_of_another_number, (rank,))
     stop()
 
 

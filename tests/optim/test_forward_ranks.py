@@ -9,7 +9,12 @@ import pytest
 from tests import scenarios
 
 HERE = Path(__file__).resolve().parent
-SCENARIOS = {"the_course_of_one_process": 4, "a_bad_loss_on_one_rank": 2}
+SCENARIOS = {
+    "the_course_of_one_process": 4,
+    "a_bad_loss_on_one_rank": 2,
+    "sums_of_uneven_shares": 2,
+    "sums_of_another_number": 2,
+}
 
 
 @pytest.fixture(scope="module", params=[2, 4])
