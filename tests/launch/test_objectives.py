@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,36 @@ def test_a_run_moves_by_answers(tmp_path: Path, monkeypatch: Patch, objective: s
         flat = line["flat_steps"] > before["flat_steps"]
         assert flat == (line["slope"] == 0)
         assert flat == all(torch.equal(new[name], value) for name, value in old.items())
+
+
+def test_a_run_moves_by_what_is_written(tmp_path: Path, monkeypatch: Patch) -> None:
+    (tmp_path / "squad").mkdir()
+    rows = [
+        {
+            "context": f"text {n}",
+            "question": "q",
+            "answers": {"text": list("abcdefghijklmnopqrstuvwxyz0123456789"), "answer_start": [0]},
+        }
+        for n in range(16)
+    ]
+    for split in ("train", "validation"):
+        (tmp_path / "squad" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {"name": "squad", "data_dir": str(tmp_path), "max_length": 60, "max_target_length": 1}
+    changes = {
+        "optimizer": {"type": "MeZO", "params": {"lr": 0.05, "eps": 0.3}},
+        "dsso.engine": "single",
+        "zero_optimization": None,
+        "dsso.model": {"name": "tiny-opt"},
+        "dsso.peft": {"type": "none"},
+        "dsso.task": task,
+        "dsso.train": {"max_steps": 6, "eval_interval": 6, "log_interval": 1, "objective": "exact_match"},
+    }
+    recipe = write_recipe(tmp_path, changes)
+    assert train(monkeypatch, "--ds_config", recipe, "--output_dir", tmp_path / "run") == 0
+    steps = lines(tmp_path / "run")
+    assert all(float(line["loss"] * 16).is_integer() for line in steps), "eight texts, written twice"
+    assert {line["slope"] > 0 for line in steps} == {True, False}
+    assert steps[-1]["flat_steps"] == sum(line["slope"] == 0 for line in steps)
 
 
 @pytest.mark.dist

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from dsso.config import OBJECTIVES, TaskConfig, TrainConfig
+from dsso.engines import make_forward_optimizer
+from dsso.engines.forward import ForwardEngine
 from dsso.errors import RecipeError, RunError
+from dsso.optim.mezo import Config
 from dsso.tasks import objectives
-from dsso.tasks.evaluate import records
+from dsso.tasks.evaluate import records, written
 from dsso.tasks.loading import without_data
 from dsso.tasks.metrics import compute
 
@@ -143,6 +148,31 @@ def test_texts_are_compared(make, write, name):
     assert value(made, "exact_match", split) == 0.75
 
 
+@pytest.mark.parametrize("name", ["tiny-t5", "tiny-opt"])
+def test_texts_are_written_by_the_perturbed_weights(make, write, name):
+    """Generation reaches parts of a model past its own forward pass."""
+    folder = str(write("squad", train=rows(4), validation=rows(4)))
+    made = make(name, name="squad", data_dir=folder, max_target_length=6)
+    if name == "tiny-t5":
+        head = made.bundle.model.lm_head
+        head.weight = torch.nn.Parameter(torch.randn_like(head.weight))
+    twin = copy.deepcopy(made.bundle.model)
+
+    def perturb(name, start, base, out):
+        out.copy_(base + 0.1 * torch.arange(start, start + base.numel()).mul(7.1).cos())
+
+    for name_, parameter in twin.named_parameters():
+        perturb(name_, 0, parameter.data.view(-1).clone(), parameter.data.view(-1))
+    model, encoded = made.bundle.model, made.ready.train[:4]
+    engine = ForwardEngine(model, make_forward_optimizer(model, "MeZO", Config()), torch.device("cpu"), 1, 4)
+    engine.eval()
+    before = written(made.ready, engine, encoded, 1, "cpu")
+    with engine._weights.showing(perturb):
+        texts = written(made.ready, engine, encoded, 1, "cpu")
+    assert texts == written(made.ready, twin.eval(), encoded, 1, "cpu") != before
+    assert written(made.ready, engine, encoded, 1, "cpu") == before
+
+
 @pytest.mark.parametrize("name", ["accuracy", "f1"])
 def test_scores_that_are_no_numbers_give_no_sums(make, name):
     made = make("tiny-bert")
@@ -247,6 +277,25 @@ def test_a_function_with_a_value_of_its_own(make, module):
         0.0,
         pytest.approx(float("nan"), nan_ok=True),
     ]
+
+
+def test_the_functions_of_the_manual(make, module):
+    text = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    section = text.split("## Objectives")[1].split("## Fields")[0]
+    blocks = [part.split("```")[0] for part in section.split("```python\n")[1:]]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, vars(module))
+    made = spread(make("tiny-bert"), 0.2)
+    with torch.no_grad():
+        batch = made.batch(12)
+        logits = made.bundle.model(**batch.inputs).logits
+    right = [float(row[label] - row[1 - label]) for row, label in zip(logits, batch.labels, strict=True)]
+    hinge = sum(max(0.0, 1 - margin) for margin in right) / 12
+    found = [margin > 0 for margin, label in zip(right, batch.labels, strict=True) if label == 1]
+    for split in SPLITS:
+        assert value(made, "my_objectives:hinge", split) == pytest.approx(hinge, rel=1e-4)
+        assert value(made, "my_objectives:recall", split) == pytest.approx(1 - sum(found) / len(found))
 
 
 @pytest.mark.parametrize(
