@@ -65,6 +65,11 @@ def initialize(
         sys.stderr.write(
             f"note: not used by dsso.initialize, which takes the model as it is: {', '.join(given)} of the recipe\n"
         )
+    if recipe.dsso.train.objective != "loss" and environment.rank == 0:
+        sys.stderr.write(
+            "note: dsso.train.objective is not used by dsso.initialize: what is lowered is what the loop gives to"
+            " engine.step(closure, value)\n"
+        )
     resolved = recipe.resolved(environment.world_size)
     start(environment, resolved.dsso.train.timeout_minutes)
     engine = build(model, resolved, environment, example_inputs)

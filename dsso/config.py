@@ -7,6 +7,7 @@ NaN and infinity are no values. The docstring under a field is what the field re
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar
 
@@ -15,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -167,6 +169,10 @@ class TaskConfig(StrictModel):
     """`paper`: validation and test are made from the public splits; `official`: the splits as published."""
 
 
+OBJECTIVES = ("loss", "accuracy", "f1", "exact_match", "text_f1")
+"""What a method that needs only losses can lower (metrics as 1 - their value), besides a user's own function."""
+
+
 class TrainConfig(StrictModel):
     """How long to train, and how often to look, write and stop."""
 
@@ -188,6 +194,8 @@ class TrainConfig(StrictModel):
     """Stop after so many evaluations without improvement; null never stops early."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the data order, of dropout and of random weights."""
+    objective: str = "loss"
+    """What a step lowers: `loss`, 1 - `accuracy`, `f1`, `exact_match` or `text_f1`, or `module:function`."""
     max_consecutive_skips: int = Field(default=10, ge=1)
     """Stop with an error after so many steps in a row that were skipped for a non-finite loss or gradient."""
     noop_window: int = Field(default=50, ge=1)
@@ -200,6 +208,13 @@ class TrainConfig(StrictModel):
     log_sync_interval: int | None = Field(default=None, ge=1)
     """Methods from forward passes: steps between two waits until the disk has the seed log; null leaves it to the
     operating system, which loses nothing when the run alone is killed."""
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objective(cls, name: str) -> str:
+        if name not in OBJECTIVES and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name) is None:
+            raise problem("unknown objective", allowed=[*OBJECTIVES, "module:function"])
+        return name
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

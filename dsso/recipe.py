@@ -31,6 +31,7 @@ from dsso.recipe_checks import (
     check_fixed,
     check_for_method,
     check_keys,
+    check_objective,
     lookup,
     notes_for_engine,
     precision,
@@ -233,6 +234,10 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     check_fixed(raw)
     dsso, (kind, model, is_method) = _sections(raw)
     stage = zero_stage(raw, dsso.engine)
+    if dsso.train.objective != "loss":
+        check_objective(
+            dsso.train.objective, kind, [name for name in optim.available() if optim.is_forward(name)]
+        )
     forward = optim.is_forward(kind)
     numbers = precision(raw, dsso, stage, gradients=not forward)
     notes: tuple[str, ...] = ()

@@ -400,6 +400,26 @@ def check_for_method(raw: Mapping[str, Any], method: str, stage: int) -> None:
     _check_fixed(raw, FIXED_FOR_METHODS, method)
 
 
+def check_objective(objective: str, method: str, forward: Iterable[str]) -> None:
+    """Whether a method can lower what the recipe asks for.
+
+    Args:
+        objective: `dsso.train.objective`.
+        method: `optimizer.type`.
+        forward: methods that need only losses.
+    """
+    if objective != "loss" and method not in forward:
+        raise RecipeError(
+            f"{method} needs gradients of the loss, so it cannot lower another objective",
+            where="dsso.train.objective",
+            got=objective,
+            allowed="loss",
+            remedy=removal(
+                "dsso.train.objective", f", or take a method that needs only losses: {', '.join(forward)}"
+            ),
+        )
+
+
 def check_fixed(raw: Mapping[str, Any]) -> None:
     """What neither the methods nor the baselines can work with."""
     _check_fixed(raw, FIXED, "dsso")

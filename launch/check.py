@@ -76,6 +76,7 @@ def check(arguments: Arguments, environment: Environment) -> Checked:
         task = tasks.load_task(config.task, config.train.seed)
     except tasks.DataMissing as error:
         task = tasks.without_data(config.task, config.train.seed, f"not here: {str(error).splitlines()[0]}")
+    tasks.objectives.choose(config.train.objective, task.spec)
     bundle = tasks.outline.on_meta(config.model, config.peft, task, config.task, dtype)
     data = tasks.prepare(task, bundle, config.task) if task.train and bundle.tokenizer is not None else None
     steps = config.train.max_steps

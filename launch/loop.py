@@ -154,7 +154,7 @@ class Loop:
         gas = engine.gradient_accumulation_steps
         indices = global_batch(len(job.data.train), job.recipe.global_batch, job.seed, self.step)
         if self.seeds is not None:
-            self._add(engine.step(partial(self._losses, indices)))
+            self._add(engine.step(partial(self._evaluated, indices), job.objective.value))
             self.seeds.add()
             return
         terms = sum(job.data.terms(index) for index in indices) / (job.world_size * gas)
@@ -167,15 +167,11 @@ class Loop:
             engine.step()
             self._add(loss.detach())
 
-    def _losses(self, indices: Sequence[int]) -> Tensor:
-        """Sum of the losses and number of loss terms of this rank's share of a global batch."""
+    def _evaluated(self, indices: Sequence[int]) -> Tensor:
+        """Sums that the objective is a function of, over this rank's share of a global batch."""
         job, engine = self.job, self.engine
-        total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-        for part in micro_batches(indices, job.rank, job.world_size, engine.gradient_accumulation_steps):
-            batch = job.data.collate([job.data.train[index] for index in part], part).to(engine.device)
-            total[0] += job.data.loss_sum(engine(**batch.inputs), batch)
-            total[1] += sum(job.data.terms(index) for index in part)
-        return total
+        parts = micro_batches(indices, job.rank, job.world_size, engine.gradient_accumulation_steps)
+        return torch.stack([job.objective.sums(job.data, engine, part) for part in parts]).sum(dim=0)
 
     def _sampled(self, batch: Batch, terms: float) -> Tensor:
         """Loss of a micro-batch at labels drawn from the model, over the terms of the global batch."""

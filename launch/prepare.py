@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dsso.tasks import PreparedTask
     from dsso.tasks.base import Task
     from dsso.tasks.models import ModelBundle
+    from dsso.tasks.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Job:
     task: Task
     bundle: ModelBundle
     data: PreparedTask
+    objective: Objective
     output_dir: Path
     resume: Resume
     max_steps: int
@@ -69,6 +71,7 @@ def prepare(arguments: Arguments, rank: int, world_size: int) -> Job:
 
     seed_everything(config.train.seed)
     task = tasks.load_task(config.task, config.train.seed)
+    objective = tasks.objectives.choose(config.train.objective, task.spec)
     dtype = written.precision.torch_dtype
     bundle = tasks.models.load(config.model, task, config.task, dtype)
     bundle = tasks.adapters.apply(bundle, config.peft)
@@ -86,6 +89,7 @@ def prepare(arguments: Arguments, rank: int, world_size: int) -> Job:
         task,
         bundle,
         data,
+        objective,
         output_dir,
         resume,
         steps,

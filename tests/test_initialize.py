@@ -102,6 +102,15 @@ def test_what_is_not_used_of_a_recipe_is_said_once(capsys: pytest.CaptureFixture
         assert told is None or told in err
 
 
+def test_an_objective_is_the_loops_own(capsys: pytest.CaptureFixture[str]) -> None:
+    for objective in ("accuracy", "loss"):
+        section = {"engine": "single", "train": {"max_steps": 1, "objective": objective}}
+        recipe = {"train_batch_size": 8, "optimizer": {"type": "MeZO"}, "dsso": section}
+        dsso.initialize(_model(), recipe)[0].close()
+        told = "note: dsso.train.objective is not used by dsso.initialize" in capsys.readouterr().err
+        assert told == (objective != "loss")
+
+
 def test_three_remarks_of_deepspeed_are_dropped_and_no_others() -> None:
     kept: list[str] = []
     handler, logger = logging.Handler(), logging.getLogger("DeepSpeed")

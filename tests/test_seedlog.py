@@ -43,7 +43,9 @@ def test_half_a_line_at_the_end_is_left_out(tmp_path: Path) -> None:
         assert log.last == 1
 
 
-@pytest.mark.parametrize("bad", ["not JSON\n", "[1]\n", '{"step": 2}\n', '{"start": {}}\n', '"step"\n', "7\n"])
+@pytest.mark.parametrize(
+    "bad", ["not JSON\n", "[1]\n", '{"step": 2}\n', '{"start": {}}\n', '"step"\n', "7\n"]
+)
 def test_a_bad_line_within_is_named(tmp_path: Path, bad: str) -> None:
     with pytest.raises(RunError, match="line 3"):
         seedlog.read(write(tmp_path / "log", START.line(), record(1), bad, record(3)))

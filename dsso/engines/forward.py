@@ -60,6 +60,8 @@ class ForwardEngine(EngineBase):
         self._weights: Any = self._hold(module)
         optimizer.attach(self._weights, sizes)
         self._trusted = False
+        self._plain = True
+        self._size = 0
 
     def _hold(self, module: nn.Module) -> Any:
         """Bring the model to this rank; what the method may see and move of its weights."""
@@ -90,18 +92,24 @@ class ForwardEngine(EngineBase):
             for name, shape in self.shapes.items()
         ]
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:
+    def step(
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        value: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """One step.
 
         Args:
             closure: evaluates this rank's share of the global batch and returns the sum of its losses and the number
                 of loss terms, [2]. It is called several times and has to give the same for the same weights.
+            value: what is lowered where it is not the loss: from sums of all ranks, [evaluations, m], to
+                [evaluations]. The closure then returns this rank's part of the m sums, [m], always as many.
 
         Returns:
-            Mean loss over the evaluations, a scalar tensor.
+            Mean over the evaluations of what is lowered, a scalar tensor.
 
         Raises:
-            RunError: no closure, or one that is random.
+            RunError: no closure, one that is random, or one that returns something else.
         """
         if closure is None:
             raise RunError(
@@ -110,15 +118,19 @@ class ForwardEngine(EngineBase):
                 remedy="call engine.step(closure) with a closure that returns the sum of the losses and the number of"
                 " loss terms",
             )
+        self._plain = value is None
         with self._evaluating():
             self._check(closure)
-            loss = self._forward.step(lambda: self._two(closure()))
+            loss = self._forward.step(lambda: self._two(closure()), value)
         if self.scheduler is not None:
             self.scheduler.step()
         self._after_step()
         return loss
 
     def _two(self, found: Tensor) -> Tensor:
+        """What a closure has returned, checked."""
+        if not self._plain:
+            return self._several(found)
         if not isinstance(found, Tensor) or found.shape != (2,):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise RunError(
@@ -126,6 +138,21 @@ class ForwardEngine(EngineBase):
                 where="engine.step",
                 got=shape,
                 allowed="a tensor of shape (2,)",
+            )
+        return found
+
+    def _several(self, found: Tensor) -> Tensor:
+        """Sums for `value`; on their number all ranks agree once."""
+        size = found.numel() if isinstance(found, Tensor) and found.dim() == 1 else 0
+        if not self._size:
+            sizes = set(collectives.gather_objects(size))
+            self._size = size if len(sizes) == 1 else 0
+        if not size or size != self._size:
+            raise RunError(
+                "the closure must return sums for `value`, on every rank and always as many",
+                where="engine.step",
+                got=tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__,
+                allowed=f"a tensor of shape ({self._size or 'm'},)",
             )
         return found
 

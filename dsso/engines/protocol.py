@@ -66,12 +66,18 @@ class Engine(Protocol):
                 sampled labels divided by `terms`, see `dsso.curvature.labels`.
         """
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        value: Callable[[Tensor], Tensor] | None = None,
+    ) -> Any:
         """One optimizer step when the accumulation window is complete, else nothing.
 
         Args:
             closure: for methods that need only losses: evaluates this rank's share of the batch and returns the sum
                 of the losses and the number of loss terms, [2]. They return the mean loss; the others take none.
+            value: with it the closure returns any sums, [m], and what is lowered is this pure function of the sums of
+                all ranks: from [evaluations, m] to [evaluations].
         """
 
     def is_gradient_accumulation_boundary(self) -> bool:
@@ -84,7 +90,8 @@ class Engine(Protocol):
         """Figures about the last step; synchronizes with the device, so call it on logging steps only.
 
         Keys: `update_norm`, `grad_norm`, `cos_update_grad`, `clip_scale`, `clip_events`, `skipped_steps`,
-        `consecutive_skips`, `loss_scale`, and those of the method (`damping`, `factor_age`, `factor_failures` …).
+        `consecutive_skips`, `loss_scale`, and those of the method (`damping`, `factor_age`, `factor_failures` …;
+        `slope`, `forwards`, `flat_steps` where only losses are needed).
         """
 
     def table(self) -> list[dict[str, Any]]:

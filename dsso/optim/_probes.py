@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from dsso.errors import RunError
 from dsso.optim._rules import Rule
 from dsso.parallel import collectives
 from dsso.parallel.fragments import Span, SpanTable
@@ -22,6 +23,10 @@ from dsso.parallel.fragments import Span, SpanTable
 Write = Callable[[str, int, Tensor, Tensor], None]
 """`write(name, start, base, out)`: fill `out` with what the model shall compute with in the place of `base`, the
 elements from `start` on of a parameter; both are 1-D and contiguous."""
+
+
+_COUNTERS = ("steps", "skipped", "consecutive_skips", "flat")
+"""Attributes of `ForwardOptimizer` that a checkpoint keeps."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,11 @@ class ForwardMethod(ABC):
         """
 
 
+def ratio(sums: Tensor) -> Tensor:
+    """Mean losses: [probes, 2], sums of losses and numbers of loss terms, to [probes]."""
+    return sums[:, 0] / sums[:, 1]
+
+
 class ForwardOptimizer(torch.optim.Optimizer):
     """Carries a forward method; its face to engines, checkpoints and loops is that of `PartitionOptimizer`.
 
@@ -155,6 +165,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         skipped: of them, how many left the weights alone.
         consecutive_skips: skipped steps in a row.
         record: what is needed to take the last step again: its number (from 1), learning rate and measures; JSON.
+        flat: steps in which every slope was zero, so that the weights were left alone as well.
     """
 
     method: None = None
@@ -164,7 +175,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         super().__init__(list(parameters), {"lr": lr})
         self.forward_method = method
         self.method_name = name
-        self.steps = self.skipped = self.consecutive_skips = 0
+        self.steps = self.skipped = self.consecutive_skips = self.flat = 0
         self.rules: dict[str, Rule] = {}
         self.table = SpanTable({}, ())
         self._weights: Weights | None = None
@@ -189,17 +200,25 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self.forward_method.attach(weights.pieces)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        value: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """One step; collective.
 
         Args:
-            closure: evaluates this rank's share of the batch: sum of the losses and number of loss terms, [2].
+            closure: evaluates this rank's share of the batch: sum of the losses and number of loss terms, [2]; or,
+                with `value`, any sums, [m].
+            value: what is lowered, [probes], as a pure function of the sums of all ranks, [probes, m] in fp64; None:
+                the first sum over the second.
 
         Returns:
-            Mean loss over the probes, a scalar tensor.
+            What is lowered, its mean over the probes, a scalar tensor.
 
         Raises:
             RuntimeError: without a closure, or before `attach`.
+            RunError: `value` returns something of another shape.
         """
         if closure is None or self._weights is None:
             raise RuntimeError("this optimizer needs a closure that evaluates the loss, and weights attached")
@@ -210,10 +229,17 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 with self._weights.showing(method.write(probe, step)):
                     found.append(closure().to(torch.float64))
             sums = collectives.all_sum(torch.stack(found))
-            losses = sums[:, 0] / sums[:, 1]
+            losses = (value or ratio)(sums)
+            if losses.shape != sums.shape[:1]:
+                raise RunError(
+                    "value(sums) must return one number for each evaluation",
+                    where="engine.step",
+                    got=f"shape {tuple(losses.shape)}",
+                    allowed=f"a tensor of shape ({len(sums)},), from sums of shape {tuple(sums.shape)}",
+                )
             # What is done next depends on these few numbers, which the host has to know for its seed log anyway.
             measures = method.measure(losses.cpu(), step)
-            good = bool(torch.isfinite(losses).all()) and bool(torch.isfinite(measures).all())
+            good = all(bool(torch.isfinite(one).all()) for one in (sums, losses, measures))
             self._move(measures if good else None, float(self.param_groups[0]["lr"]))
         finally:
             self._weights.publish()
@@ -221,13 +247,16 @@ class ForwardOptimizer(torch.optim.Optimizer):
         return losses.mean()
 
     def _move(self, measures: Tensor | None, lr: float) -> None:
-        """Move the weights and count the step; without measures, a skipped one."""
+        """Move the weights and count the step: a skipped one without measures, a flat one without any slope."""
         assert self._weights is not None
         good = measures is not None
-        if measures is not None:
+        # On a plateau a step would be weight decay and momentum alone.
+        flat = measures is not None and not bool(measures[:, 0].any())
+        if measures is not None and not flat:
             moved = [piece for piece in self._weights.pieces if piece.moved]
             self.forward_method.update(moved, measures, self.steps, lr)
         self.skipped += not good
+        self.flat += flat
         self.consecutive_skips = 0 if good else self.consecutive_skips + 1
         self.steps += 1
         told = [] if measures is None else measures.tolist()
@@ -255,7 +284,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
     def health(self) -> dict[str, float]:
         """Figures of the last step."""
         skips = {"skipped_steps": float(self.skipped), "consecutive_skips": float(self.consecutive_skips)}
-        return {**self._figures, **skips} if self._figures else {}
+        return {**self._figures, **skips, "flat_steps": float(self.flat)} if self._figures else {}
 
     def state_bytes(self) -> int:
         """Bytes of state beside the model's own weights, on this rank: master copies, and what the method keeps."""
@@ -279,10 +308,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
     def extra_state(self) -> dict[str, Any]:
         """Host-side state, the same on all ranks."""
-        names = ("steps", "skipped", "consecutive_skips")
-        return {name: getattr(self, name) for name in names} | {"method": None}
+        return {name: getattr(self, name) for name in _COUNTERS} | {"method": None}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `extra_state` returned."""
-        for name in ("steps", "skipped", "consecutive_skips"):
+        for name in _COUNTERS:
             setattr(self, name, int(state[name]))

@@ -8,7 +8,7 @@ The order of use is `load_task`, `models.load`, `adapters.apply`, `prepare`::
     ready = tasks.prepare(task, bundle, config.task)
 """
 
-from dsso.tasks import adapters, data, models, outline
+from dsso.tasks import adapters, data, models, objectives, outline
 from dsso.tasks.data import Batch
 from dsso.tasks.loading import available, load_task, without_data
 from dsso.tasks.prepared import PreparedTask, prepare
@@ -23,6 +23,7 @@ __all__ = [
     "data",
     "load_task",
     "models",
+    "objectives",
     "outline",
     "prepare",
     "without_data",

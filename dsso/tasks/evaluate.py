@@ -132,30 +132,43 @@ def _records(
     predictions: list[Prediction]
     if ready.loss_kind == "mse":
         predictions = logits_NC.float().squeeze(-1).tolist()
-    elif ready.bundle.head != "prompt":
-        predictions = logits_NC.argmax(dim=-1).tolist()
-    elif ready.coder.class_ids:
-        scores_BC = _class_scores(ready, engine, encoded, logits_NC, counts, indices, device)
+    elif ready.bundle.head != "prompt" or ready.coder.class_ids:
+        scores_BC = class_scores(ready, engine, encoded, indices, device, logits_NC)
         predictions = scores_BC.argmax(dim=-1).tolist()
     else:
-        predictions = _written(ready, engine, encoded, world_size, device)
+        predictions = written(ready, engine, encoded, world_size, device)
     rows = zip(indices, predictions, losses, counts, strict=True)
     return [Record(index, prediction, loss, terms) for index, prediction, loss, terms in rows]
 
 
-def _class_scores(
+def class_scores(
     ready: PreparedTask,
     engine: Callable[..., Any],
     encoded: Sequence[Encoded],
-    logits_NC: Tensor,
-    counts: Sequence[int],
     indices: Sequence[int],
     device: torch.device | str,
+    logits_NC: Tensor | None = None,
 ) -> Tensor:
-    """Log-likelihood `[B, classes]` of each class's words."""
-    class_ids = ready.coder.class_ids
+    """Scores `[B, classes]`, the largest of which is the prediction: a head's logits, or log-likelihoods of words.
+
+    Args:
+        ready: a prepared task with classes.
+        engine: an engine, or the plain model.
+        encoded: the examples.
+        indices: their indices in the split.
+        device: where the batches go.
+        logits_NC: `ready.logits` of the examples' own batch, where that pass was made already; else it is made where
+            it is needed. Words of more than one token take a pass a class.
+    """
+    class_ids = ready.coder.class_ids if ready.bundle.head == "prompt" else []
     if all(len(ids) == 1 for ids in class_ids):
+        if logits_NC is None:
+            batch = ready.collate(encoded, indices).to(device)
+            logits_NC, _ = ready.logits(engine(**batch.inputs), batch)
+        if not class_ids:
+            return logits_NC
         # the first predicted token does not depend on the target: the pass already made is enough
+        counts = [ready.coder.terms(one) for one in encoded]
         starts = torch.tensor([0, *counts[:-1]]).cumsum(0).to(logits_NC.device)
         first = logits_NC.index_select(0, starts).float().log_softmax(dim=-1)
         return first[:, [ids[0] for ids in class_ids]]
@@ -169,14 +182,24 @@ def _class_scores(
     return torch.stack(scores, dim=1)
 
 
-def _written(
+def written(
     ready: PreparedTask,
     engine: Callable[..., Any],
     encoded: Sequence[Encoded],
     world_size: int,
     device: torch.device | str,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> list[Prediction]:
-    """Greedy continuations: texts, or the values that they spell."""
+    """Greedy continuations: texts, or the values that they spell.
+
+    Args:
+        ready: a prepared task.
+        engine: an engine, or the plain model.
+        encoded: the examples.
+        world_size: number of ranks; they go on until the last one has its texts, because a sharded engine waits.
+        device: where the batches go.
+        watch: is shown the scores `[B, vocabulary]` of every token.
+    """
     tokenizer, causal = ready.bundle.tokenizer, ready.bundle.family == "causal"
     prompts = [one["prompt_ids"] if causal else one["input_ids"] for one in encoded]
     # a continuation starts right behind the prompt, so a causal model is padded on the left; `generate`
@@ -194,6 +217,7 @@ def _written(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         synced_gpus=world_size > 1,
+        logits_processor=None if watch is None else _watching(watch),
     )
     texts = tokenizer.batch_decode(
         made[:, input_ids.shape[1] :] if causal else made, skip_special_tokens=True
@@ -201,6 +225,18 @@ def _written(
     if ready.task.spec.kind == "regression":
         return [parse_value(text, ready.task.spec.value_range) for text in texts]
     return [text.strip() for text in texts]
+
+
+def _watching(watch: Callable[[Tensor], None]) -> Any:
+    """What `generate` passes its scores through, unchanged."""
+    # Not before it is asked for: the import takes seconds.
+    from transformers import LogitsProcessorList
+
+    def shown(_: Tensor, scores: Tensor) -> Tensor:
+        watch(scores)
+        return scores
+
+    return LogitsProcessorList([shown])
 
 
 def parse_value(text: str, bounds: tuple[float, float]) -> float:

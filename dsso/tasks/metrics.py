@@ -53,6 +53,20 @@ def compute(
     return {name: _finite(_METRICS[name](spec, predictions, examples)) for name in spec.metrics}
 
 
+def total(name: str, spec: TaskSpec, predictions: Sequence[Prediction], examples: Sequence[Example]) -> float:
+    """Sum over examples of a metric that is a mean over them, so that parts can be added up.
+
+    Args:
+        name: `text_f1` or `exact_match`.
+        spec: the task.
+        predictions: one for each example, in order.
+        examples: the examples.
+    """
+    found = _METRICS[name](spec, predictions, examples) * len(examples)
+    # a mean in float32 is not a whole number of matches any more
+    return float(round(found)) if name == "exact_match" else found
+
+
 def _finite(value: float) -> float:
     # torchmetrics counts in float32: seven digits are what there is
     return round(value, 7) if math.isfinite(value) else 0.0

@@ -17,6 +17,7 @@ from dsso.engines.forward import ForwardEngine
 from dsso.engines.forward_rows import ForwardFSDP2Engine, GatheredWeights
 from dsso.engines.forward_zero3 import ForwardZero3Engine
 from dsso.engines.shown import MasterWeights
+from dsso.errors import RunError
 from dsso.optim import resolve
 from dsso.parallel import collectives
 from dsso.parallel.collectives import gather_objects
@@ -51,6 +52,12 @@ def net(seed: int) -> Net:
     """With weights of a seed."""
     torch.manual_seed(seed)
     return Net()
+
+
+def classifier() -> nn.Module:
+    """Two layers."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 5))
 
 
 def made(kind: str, model: nn.Module, method: str = "MeZO", **settings: Any) -> ForwardEngine:
@@ -212,6 +219,50 @@ def a_checkpoint_goes_on(kind: str, into: str, dtype: str, folder: str) -> list[
     return problems + [n for n in found if not torch.equal(found[n], wanted.get(n, found[n]))]
 
 
+def sums_of_uneven_shares(rank: int) -> list[str]:
+    """F1 from the counts of all ranks, of which one has more examples than the others, is that of the whole."""
+    world, me = collectives.world_size(), collectives.rank()
+    model = classifier()
+    engine = made("replica", model, lr=1e-2, eps=0.3)
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(40, 6, generator=generator), torch.randint(2, (40,), generator=generator)
+    own = torch.arange(40) % (world + 3)
+    mine = (own >= world) | (own == me) if me == rank else own == me
+    evaluations: list[list[float]] = []
+
+    def counts(picked: Tensor) -> Tensor:
+        made = engine(x[picked])[:, 0] > 0
+        wanted = y[picked] == 1
+        return torch.stack([(made & wanted).sum(), (made & ~wanted).sum(), (~made & wanted).sum()])
+
+    def closure() -> Tensor:
+        evaluations.append(counts(torch.ones(40, dtype=torch.bool)).tolist())
+        return counts(mine)
+
+    def value(sums: Tensor) -> Tensor:
+        return 1 - 2 * sums[:, 0] / (2 * sums[:, 0] + sums[:, 1] + sums[:, 2])
+
+    found = float(engine.step(closure, value))
+    whole = value(torch.tensor(evaluations[-2:], dtype=torch.float64))
+    slope = abs(float(whole[0] - whole[1])) / 0.6
+    problems = [] if found == float(whole.mean()) else [f"{found}, not {whole.tolist()}"]
+    problems += [] if slope > 0 and abs(engine.health()["slope"] - slope) < 1e-12 else [str(engine.health())]
+    weights = {n: v.tolist() for n, v in engine.gathered_state_dict().items()}
+    problems += ["the ranks differ"] if any(one != weights for one in gather_objects(weights)) else []
+    return problems
+
+
+def sums_of_another_number(rank: int) -> list[str]:
+    """All ranks end together when one has another number of sums than the others."""
+    model = classifier()
+    engine = made("replica", model)
+    try:
+        engine.step(lambda: torch.ones(3 + (collectives.rank() == rank)), lambda sums: sums[:, 0])
+    except RunError as error:
+        return [] if "on every rank and always as many" in str(error) else [str(error)]
+    return ["no error"]
+
+
 def main() -> None:
     """Run all scenarios."""
     out, steps = Path(sys.argv[1]), int(os.environ.get("STEPS_OF_NO_LENGTH", "20"))
@@ -232,6 +283,9 @@ def main() -> None:
             report(out, what_a_rank_keeps, (kind, dtype))
     for kind, into in (("replica", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "replica"), ("zero3", "zero3")):
         report(out, a_checkpoint_goes_on, (kind, into, "bf16", str(out.parent)))
+    for rank in (0, 1):
+        report(out, sums_of_uneven_shares, (rank,))
+        report(out, sums_of_another_number, (rank,))
     stop()
 
 

@@ -121,7 +121,7 @@ def test_words_of_one_token_need_one_pass(make):
     batch = ready.collate(encoded, range(5))
     logits, _ = ready.logits(made.bundle.model(**batch.inputs), batch)
     # each target is its word and the end of the sequence; no engine is needed for another pass
-    fast = evaluate._class_scores(ready, None, encoded, logits, [2] * 5, range(5), "cpu")
+    fast = evaluate.class_scores(ready, None, encoded, range(5), "cpu", logits)
     slow = []
     for label in (0, 1):
         one = ready.collate([ready.coder.candidate(example, label) for example in encoded], range(5))
