@@ -9,7 +9,7 @@ With H the estimate (Sigma = 1/H in the paper, elementwise), z normal, and three
 
 That is algorithm 1 of the paper; n directions share L(w), 1 + 2 n passes. The estimate is not that of the diagonal
 alone: with d the Hessian's diagonal, E[c z_i^2] = (1/2) sum_j d_j / H_j + d_i / H_i, and the paper leaves out what
-would take the first term away. All elements of H grow or shrink together by it, and H comes to rest at (1 + N/2) d for N
+would take the first term away. All elements of H grow or shrink together by it, and H rests at (1 + N/2) d for N
 elements; their ratios get there at a rate of a / (1 + N/2) a step, that is hardly ever in a large model.
 
 Deviations from the published code: three passes a direction (its script makes four, and leaves H at 1 unless told
