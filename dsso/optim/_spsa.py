@@ -6,10 +6,14 @@ With z a random direction, the slope of the loss L along it is estimated from tw
 
 and the gradient by the mean of g z over n directions (n-SPSA). `sides: 1` takes L(w) in the place of the second loss,
 once for all directions: n + 1 passes instead of 2 n.
+
+Methods that keep state work on it in parts, and multiply and add in two operations: a fused one rounds once in vector
+registers and twice in what is left over at the end of a part, and a step would depend on how the weights are cut.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
@@ -25,6 +29,9 @@ from dsso.schedule import ScalarSchedule, bounded, value
 
 CHUNK = 1 << 18
 """Elements of a gradient estimate that exist at a time, a multiple of every block of noise."""
+
+LARGEST = 1e17
+"""A slope above counts as not finite: with z and squared it would leave fp32, and an infinite second moment stays."""
 
 
 class SPSAConfig(StrictModel):
@@ -90,8 +97,13 @@ class SPSAMethod(ForwardMethod):
             found = (losses[0::2] - losses[1::2]) / (2 * self.config.eps)
         else:
             found = (losses[1:] - losses[0]) / self.config.eps
+        return self.bounded(found).unsqueeze(1)
+
+    def bounded(self, slopes: Tensor) -> Tensor:
+        """Slopes cut to `max_slope`; what no state could take in becomes infinite, so that the step is skipped."""
         bound = self.config.max_slope
-        return (found if bound is None else found.clamp(-bound, bound)).unsqueeze(1)
+        found = slopes if bound is None else slopes.clamp(-bound, bound)
+        return found.masked_fill(found.abs() > LARGEST, torch.inf)
 
     def shrink(self, piece: Piece, lr: float) -> None:
         """Weight decay, where it applies."""
@@ -111,11 +123,56 @@ class SPSAMethod(ForwardMethod):
             result: pairs of the elements of the piece that a part is of, and the part itself, [elements] in fp32, which
             is overwritten by the next.
         """
-        numel = piece.base.numel()
-        room = torch.empty(min(CHUNK, numel), dtype=torch.float32, device=piece.base.device)
-        for at in range(0, numel, CHUNK):
-            part = room[: min(CHUNK, numel - at)].zero_()
+        for at, part in parts(piece.base):
+            part.zero_()
             for stream, slope in enumerate(slopes):
                 z = self.direction(piece.name, stream, step)
                 noise.add(part, part, z, piece.start + at, slope / len(slopes))
             yield slice(at, at + part.numel()), part
+
+
+class ShapedMethod(SPSAMethod):
+    """Methods whose directions depend on state: only who holds the state of an element can perturb it."""
+
+    shows_state = True
+
+    @abstractmethod
+    def shaped(self, name: str, start: int, out: Tensor, stream: int, step: int) -> None:
+        """Fill `out` with a part of a direction.
+
+        Args:
+            name: of the parameter.
+            start: unsharded flat index of the first element.
+            out: [elements, at most `CHUNK`], fp32.
+            stream: number of the direction.
+            step: number of the step.
+        """
+
+    def write(self, probe: Probe, step: int) -> Write | None:
+        """Set w + scale d, computed in fp32 and rounded once."""
+        if not probe.scale:
+            return None
+
+        def perturb(name: str, start: int, base: Tensor, out: Tensor) -> None:
+            for at, part in parts(base):
+                self.shaped(name, start + at, part, probe.stream, step)
+                piece = slice(at, at + part.numel())
+                torch.add(base[piece], part.mul_(probe.scale), out=out[piece])
+
+        return perturb
+
+
+def parts(base: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Room for work on a tensor, a part at a time.
+
+    Args:
+        base: [elements].
+
+    Shapes:
+        result: pairs of a first element, and room for the elements from there on, [at most `CHUNK`] in fp32, the same
+        room each time.
+    """
+    numel = base.numel()
+    room = torch.empty(min(CHUNK, numel), dtype=torch.float32, device=base.device)
+    for at in range(0, numel, CHUNK):
+        yield at, room[: min(CHUNK, numel - at)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,53 +14,7 @@ from dsso.engines.shown import SwappedWeights
 from dsso.errors import RunError
 from dsso.optim.mezo import Config, Method
 from dsso.parallel import noise
-
-CPU = torch.device("cpu")
-
-
-class Net(nn.Module):
-    """Blocks, a tied head, a norm, a parameter of the root's own and dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3)
-        )
-        self.norm, self.shift = nn.LayerNorm(8), nn.Parameter(torch.tensor([-0.0] + [0.0] * 7))
-        self.head = nn.Linear(8, 11, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        h = self.embed(ids) + self.shift
-        for layer in self.layers:
-            h = h + layer(h)
-        return self.head(self.norm(h))
-
-
-def made(dtype: torch.dtype = torch.float32, **settings: Any) -> ForwardEngine:
-    torch.manual_seed(0)
-    net = Net().to(dtype)
-    engine = ForwardEngine(net, make_forward_optimizer(net, "MeZO", Config(**settings)), CPU, 1, 4)
-    engine.train()
-    return engine
-
-
-def closure(engine: ForwardEngine, seed: int) -> Callable[[], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(11, (4, 5), generator=generator)
-
-    def evaluate() -> Tensor:
-        logits = engine(ids).double().flatten(0, 1)
-        loss = nn.functional.cross_entropy(logits, ids.roll(1).flatten(), reduction="sum")
-        return torch.stack([loss, torch.tensor(20.0, dtype=torch.float64)])
-
-    return evaluate
-
-
-def bits(engine: ForwardEngine) -> dict[str, Tensor]:
-    kinds = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-    return {n: p.detach().clone().view(kinds[p.dtype]) for n, p in engine.module.named_parameters()}
+from tests.optim.forward import CPU, Net, bits, closure, made
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -245,7 +198,17 @@ def test_it_learns() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"eps": 0.0}, {"eps": -1.0}, {"directions": 0}, {"sides": 3}, {"lr": 0}]
+    "settings",
+    [
+        {"eps": 0.0},
+        {"eps": -1.0},
+        {"directions": 0},
+        {"sides": 3},
+        {"lr": 0},
+        {"normalize": True},
+        {"normalize": True, "sides": 1},
+        {"normalize": True, "directions": 8},
+    ],
 )
 def test_settings_out_of_range(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
@@ -277,3 +240,40 @@ def test_a_checkpoint_goes_on_exactly(tmp_path: Any) -> None:
             resumed.step(closure(resumed, step))
         mine, theirs = bits(resumed), bits(straight)
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_normalized_step_is_divided_by_the_deviation_of_the_losses() -> None:
+    """FZOO: w - lr / deviation * mean of g z, whatever the loss is measured in."""
+    settings = {"sides": 1, "directions": 4, "noise": "rademacher", "lr": 1e-5}
+    engine = made(torch.float64, normalize=True, **settings)
+    start = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+    method, losses = Method(Config(**settings)), []
+    for stream in (None, 0, 1, 2, 3):
+        other = made(torch.float64)
+        for name, p in other.module.named_parameters() if stream is not None else ():
+            noise.add(p.data, p.data, method.direction(name, stream, 0), 0, 1e-3)
+        other.module.eval()
+        with torch.no_grad():
+            found = closure(other, 0)()
+        losses.append(float(found[0] / found[1]))
+    over = torch.tensor(losses[1:], dtype=torch.float64).std()
+    for scale in (1.0, 100.0):
+        engine = made(torch.float64, normalize=True, **settings)
+        plain = closure(engine, 0)
+        engine.step(lambda plain=plain, scale=scale: plain() * torch.tensor([scale, 1.0]))
+        for name, p in engine.module.named_parameters():
+            move = sum(
+                (loss - losses[0]) / 1e-3 * noise.sample(method.direction(name, k, 0), 0, p.numel()).double()
+                for k, loss in enumerate(losses[1:])
+            )
+            expected = start[name].flatten() - 1e-5 / 4 * move / over
+            torch.testing.assert_close(p.detach().flatten(), expected, rtol=0, atol=1e-8)
+            assert (expected - start[name].flatten()).abs().max() > 1e-3
+
+
+def test_a_normalized_step_of_losses_that_are_all_alike_has_no_length() -> None:
+    engine = made(normalize=True, sides=1, directions=3, lr=1e-3)
+    before, plain = bits(engine), closure(engine, 0)
+    engine.step(lambda: plain() * 0 + torch.tensor([3.0, 1.0]))
+    assert all(torch.equal(value, before[name]) for name, value in bits(engine).items())
+    assert engine.health()["skipped_steps"] == 0
