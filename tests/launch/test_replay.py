@@ -149,6 +149,7 @@ def test_no_log_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_kills_at_any_moment(straight: Path, tmp_path: Path) -> None:
     """20 SIGKILLs, each with a continuation: at most the step under way is lost, and the end is the same."""
     out, rng = tmp_path / "run", random.Random(0)
