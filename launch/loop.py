@@ -170,7 +170,10 @@ class Loop:
     def _evaluated(self, indices: Sequence[int]) -> Tensor:
         """Sums that the objective is a function of, over this rank's share of a global batch."""
         job, engine = self.job, self.engine
-        parts = micro_batches(indices, job.rank, job.world_size, engine.gradient_accumulation_steps)
+        if getattr(job.recipe.optimizer_config, "spread", False):
+            parts = micro_batches(indices, 0, 1, job.world_size * engine.gradient_accumulation_steps)
+        else:
+            parts = micro_batches(indices, job.rank, job.world_size, engine.gradient_accumulation_steps)
         return torch.stack([job.objective.sums(job.data, engine, part) for part in parts]).sum(dim=0)
 
     def _sampled(self, batch: Batch, terms: float) -> Tensor:

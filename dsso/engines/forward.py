@@ -19,6 +19,7 @@ from dsso.engines.base import EngineBase
 from dsso.engines.digest import digest
 from dsso.engines.shown import meeting, trained, weights_of
 from dsso.errors import RunError
+from dsso.optim import resolve
 from dsso.optim._probes import ForwardOptimizer
 from dsso.parallel import collectives
 from dsso.parallel.averaging import same_everywhere
@@ -100,8 +101,9 @@ class ForwardEngine(EngineBase):
         """One step.
 
         Args:
-            closure: evaluates this rank's share of the global batch and returns the sum of its losses and the number
-                of loss terms, [2]. It is called several times and has to give the same for the same weights.
+            closure: evaluates this rank's share of the global batch (all of it, where the method spreads its
+                directions over the ranks) and returns the sum of its losses and the number of loss terms, [2]. It is
+                called several times and has to give the same for the same weights.
             value: what is lowered where it is not the loss: from sums of all ranks, [evaluations, m], to
                 [evaluations]. The closure then returns this rank's part of the m sums, [m], always as many.
 
@@ -228,12 +230,16 @@ class ForwardEngine(EngineBase):
         Raises:
             RunError: the weights are others than those that the log was written with.
         """
-        method: Any = self._forward.forward_method
-        config = method.config
+        own = self._forward.forward_method
+        module, taken = resolve(self._forward.method_name), None
         try:
             for start, record in steps:
-                self.leave(start.left)
-                method.config = type(config)(**start.params)
+                if start is not taken:
+                    self.leave(start.left)
+                    # The log says what the parameters were; the recipe may have others by now.
+                    self._forward.forward_method = module.Method(module.Config(**start.params))
+                    self._forward.forward_method.adopt(own)
+                    taken = start
                 self._forward.replay(record)
                 if self.scheduler is not None:
                     self.scheduler.step()
@@ -246,7 +252,7 @@ class ForwardEngine(EngineBase):
                         " optimizer.params.noise is 'rademacher'",
                     )
         finally:
-            method.config = config
+            self._forward.forward_method = own
             self.publish_weights()
 
     def backward(self, loss: Tensor, terms: float | Tensor | None = None) -> None:

@@ -79,11 +79,13 @@ class ForwardMethod(ABC):
     Attributes:
         states: kinds of state that a method keeps for every element that a rank holds, in fp32, with their first value.
         shows_state: a perturbation depends on state, so a rank can perturb just the elements that it holds.
+        spread: every rank evaluates the whole batch along directions of its own.
         state: of each piece, by name of the parameter and kind, [elements of the piece].
     """
 
     states: ClassVar[Mapping[str, float]] = {}
     shows_state: ClassVar[bool] = False
+    spread = False
 
     def __init__(self) -> None:
         self.state: dict[str, dict[str, Tensor]] = {}
@@ -99,6 +101,10 @@ class ForwardMethod(ABC):
             }
             for piece in pieces
         }
+
+    def adopt(self, other: ForwardMethod) -> None:
+        """Go on with the state of another one, which from then on both have."""
+        self.state, self._starts = other.state, other._starts
 
     def held(self, kind: str, name: str, start: int, numel: int) -> Tensor:
         """State of some elements that this rank holds, a view.
@@ -223,12 +229,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
         if closure is None or self._weights is None:
             raise RuntimeError("this optimizer needs a closure that evaluates the loss, and weights attached")
         method, step = self.forward_method, self.steps
-        found = []
         try:
-            for probe in method.probes(step):
-                with self._weights.showing(method.write(probe, step)):
-                    found.append(closure().to(torch.float64))
-            sums = collectives.all_sum(torch.stack(found))
+            sums, forwards = self._evaluate(closure, self._weights)
             losses = (value or ratio)(sums)
             if losses.shape != sums.shape[:1]:
                 raise RunError(
@@ -243,8 +245,38 @@ class ForwardOptimizer(torch.optim.Optimizer):
             self._move(measures if good else None, float(self.param_groups[0]["lr"]))
         finally:
             self._weights.publish()
-        self._figures = {"slope": float(measures[:, 0].abs().mean()), "forwards": float(len(found))}
+        self._figures = {"slope": float(measures[:, 0].abs().mean()), "forwards": float(forwards)}
         return losses.mean()
+
+    def _evaluate(self, closure: Callable[[], Tensor], weights: Weights) -> tuple[Tensor, int]:
+        """Sums of all ranks at every probe, [probes, m], and how many of them this rank has evaluated; collective."""
+        method, step = self.forward_method, self.steps
+        probes = method.probes(step)
+        mine = dict.fromkeys(range(len(probes)), 1.0)
+        if method.spread and collectives.is_distributed():
+            me, world = collectives.rank(), collectives.world_size()
+            count = len({probe.stream for probe in probes if probe.scale})
+            if count % world:
+                raise RunError(
+                    f"{count} direction(s) cannot be spread evenly over {world} ranks",
+                    where="optimizer.params.directions",
+                    got=count,
+                    allowed=f"a multiple of {world}",
+                )
+            # The weights themselves are evaluated by all, so that all make as many passes; one of them is counted.
+            mine = {
+                i: 1.0 if probe.scale or me == 0 else 0.0
+                for i, probe in enumerate(probes)
+                if not probe.scale or probe.stream * world // count == me
+            }
+        found = {}
+        for index, counted in mine.items():
+            with weights.showing(method.write(probes[index], step)):
+                found[index] = closure().to(torch.float64) * counted
+        nothing = torch.zeros_like(next(iter(found.values())))
+        return collectives.all_sum(torch.stack([found.get(i, nothing) for i in range(len(probes))])), len(
+            found
+        )
 
     def _move(self, measures: Tensor | None, lr: float) -> None:
         """Move the weights and count the step: a skipped one without measures, a flat one without any slope."""

@@ -53,6 +53,9 @@ class SPSAConfig(StrictModel):
     """Slopes are cut to at most this; null: never."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the directions."""
+    spread: bool = False
+    """Every rank evaluates the whole global batch along directions of its own, instead of its share along all of them:
+    the same step, with n over the number of ranks in the place of n passes; n has to be a multiple of that number."""
 
 
 class SPSAMethod(ForwardMethod):
@@ -65,6 +68,7 @@ class SPSAMethod(ForwardMethod):
     def __init__(self, config: SPSAConfig) -> None:
         super().__init__()
         self.config = config
+        self.spread = config.spread
 
     def directions(self, step: int) -> int:
         """Number of directions of a step."""

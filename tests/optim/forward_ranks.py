@@ -27,6 +27,14 @@ CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "ZO_Adam": {"lr": 1e-3},
+    "ZO_AdaMM": {"lr": 1e-3},
+    "ZO_AdaMU": {"lr": 1e-3, "t3": 9},
+    "HiZOO": {"smooth": 0.1},
+}
+
+
 class Net(nn.Module):
     """Blocks, rows that no number of ranks divides, fewer rows than ranks, a tied head, a vector of the root's own."""
 
@@ -80,6 +88,8 @@ def made(kind: str, model: nn.Module, method: str = "MeZO", **settings: Any) -> 
 
 def closure(engine: ForwardEngine, step: int, ranks: int, rank: int, together: int = 1) -> Any:
     """Losses of this rank's share of 8 examples, each in a pass of its own: the share has no say in them."""
+    if engine._forward.forward_method.spread:
+        ranks, rank = 1, 0
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(11, (8, 3), generator=generator)[rank * 8 // ranks : (rank + 1) * 8 // ranks]
 
@@ -113,26 +123,28 @@ def run(
     return losses, engine.gathered_state_dict()
 
 
-def the_course_of_one_process(kind: str, dtype: str, **settings: Any) -> list[str]:
+def the_course_of_one_process(kind: str, dtype: str, method: str = "MeZO", **settings: Any) -> list[str]:
     """Losses to 1e-6, though every rank began with other weights; with signs for directions the weights bit by bit."""
     world, rank = collectives.world_size(), collectives.rank()
     settings = {"lr": 1e-2, "directions": 2, "weight_decay": 0.1, **settings}
-    engine = made(kind, net(rank).to(DTYPES[dtype]), **settings)
+    engine = made(kind, net(rank).to(DTYPES[dtype]), method, **settings)
     mine, weights = run(engine, world, rank, 8)
     with alone():
-        one, theirs = run(made("replica", net(0).to(DTYPES[dtype]), **settings), 1, 0, 8)
+        one, theirs = run(made("replica", net(0).to(DTYPES[dtype]), method, **settings), 1, 0, 8)
     problems = [
         f"step {i}: {a} {b}"
         for i, (a, b) in enumerate(zip(mine, one, strict=True))
         if not abs(a - b) <= 1e-6 * abs(b)
     ]
-    exact = settings["noise"] == "rademacher"
+    exact = settings.get("noise") == "rademacher"
     for name, found in weights.items():
         distance = (found.double() - theirs[name].double()).abs().max()
         if not distance <= (0.0 if exact else 1e-6):
             problems.append(f"{name}: {distance}")
     if set(mine) != set(gather_objects(mine)[0]):
         problems.append("the ranks tell other losses")
+    if settings.get("spread") and engine.health()["forwards"] != 4 // world:
+        problems.append(f"{engine.health()['forwards']} passes")
     if rank == 0 and weights.keys() != theirs.keys():
         problems.append(f"weights of other names: {list(weights)}")
     engine.close()
@@ -154,6 +166,16 @@ def steps_of_no_length(kind: str, dtype: str, steps: int) -> list[str]:
         problems.append("nothing was perturbed")
     engine.close()
     return problems
+
+
+def what_cannot_be_spread() -> list[str]:
+    """Three directions over two or four ranks."""
+    engine = made("replica", net(0), directions=3, spread=True)
+    try:
+        engine.step(closure(engine, 0, 1, 0))
+    except RunError as error:
+        return [] if "3 direction(s) cannot be spread evenly" in str(error) else [str(error)]
+    return ["no error"]
 
 
 def a_bad_loss_on_one_rank(kind: str, bad_rank: int) -> list[str]:
@@ -278,6 +300,12 @@ def main() -> None:
                 report(out, steps_of_no_length, (kind, dtype, steps))
         report(out, a_bad_loss_on_one_rank, (kind, 0))
         report(out, a_bad_loss_on_one_rank, (kind, 1))
+        for method, settings in METHODS.items():
+            report(out, the_course_of_one_process, (kind, "fp32", method), **settings)
+    for kind in ("replica", "fsdp2"):
+        if collectives.world_size() == 2:
+            report(out, the_course_of_one_process, (kind, "fp32"), spread=True, noise="rademacher")
+    report(out, what_cannot_be_spread, ())
     for kind in ("fsdp2", "zero3"):
         for dtype in ("fp32", "bf16"):
             report(out, what_a_rank_keeps, (kind, dtype))

@@ -10,7 +10,8 @@ from tests import scenarios
 
 HERE = Path(__file__).resolve().parent
 SCENARIOS = {
-    "the_course_of_one_process": 15,
+    "the_course_of_one_process": 27,
+    "what_cannot_be_spread": 1,
     "steps_of_no_length": 8,
     "a_bad_loss_on_one_rank": 6,
     "what_a_rank_keeps": 4,
