@@ -87,6 +87,14 @@ def agrees(device: torch.device) -> tuple[bool, float]:
         normal, z = Direction(2**63 + 5, "w", 3, "gaussian"), torch.zeros(100_000, device=device)
         noise.add(z, z, normal, start, 1.0)
         worst = max(worst, float((z.cpu() - noise.sample(normal, start, 100_000)).abs().max()))
+    if device.type == "cuda":
+        long, signs = 2**31 + 1000, Direction(1, "w", 0, "rademacher")
+        out = torch.zeros(long, dtype=torch.bfloat16, device=device)
+        noise.add(out, out, signs, 5, 1.0)
+        for at in (0, 2**31 - 500, long - 300):
+            if not torch.equal(out[at : at + 300].float().cpu(), noise.sample(signs, 5 + at, 300)):
+                same = False
+                print(f"NOT the same bits: element {at} of {long}", flush=True)
     return same, worst
 
 
