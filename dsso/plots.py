@@ -1,5 +1,8 @@
 """Curves of one or several runs in one picture: `python -m dsso.plots RUN… [--out file.png]`.
 
+`python -m dsso.plots functions [--out file.png]` draws the courses of `dsso.plots_functions`; a run in a directory of
+that name is asked for as `./functions`.
+
 For every run: training loss against steps and against seconds, the main validation metric, the norm of the
 update, the share of clipped steps, the cosine between update and gradient, the damping and the learning rate.
 Panels for which no run has figures are left out. A table of the finished runs goes to the standard output and
@@ -94,12 +97,11 @@ def draw(runs: Sequence[Run]) -> Figure:
     Raises:
         RecipeError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ModuleNotFoundError as error:
-        raise RecipeError(f"plots need {error.name}", remedy="pip install 'dsso[plots]'") from None
+    _need_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     metric = next((name for run in runs if (name := run.metric())), None)
     shown = [panel for panel in panels(metric) if any(panel.curve(run)[1] for run in runs)]
     table = rows(runs)
@@ -214,10 +216,18 @@ def save(runs: Sequence[Run], out: str | Path | None = None) -> Path:
         path = runs[0].directory / "curves.png" if len(runs) == 1 else runs[0].directory.parent / "curves.png"
     else:
         path = Path(out)
+    _check_format(path)
+    name_runs(runs)
+    _write(draw(runs), path)
+    return path
+
+
+def _check_format(path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
         raise RecipeError("unknown kind of picture", where="--out", got=str(path), allowed=FORMATS)
-    name_runs(runs)
-    figure = draw(runs)
+
+
+def _write(figure: Figure, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
@@ -225,7 +235,34 @@ def save(runs: Sequence[Run], out: str | Path | None = None) -> Path:
         raise RecipeError(
             f"cannot be written ({error.strerror})", where=str(path), remedy="choose another place with --out"
         ) from None
+
+
+def save_functions(out: str | Path = "functions.png") -> Path:
+    """Draw the courses over the test functions, print their last values, and write the picture; returns its path.
+
+    Args:
+        out: `.png`, `.pdf` or `.svg`.
+
+    Raises:
+        RecipeError: matplotlib is not installed, a file name of another kind, or a place that cannot be written to.
+    """
+    path = Path(out)
+    _check_format(path)
+    _need_matplotlib()
+    # Not before it is asked for: curves of runs need no torch.
+    from dsso import plots_functions
+
+    found = plots_functions.all_courses()
+    _write(plots_functions.draw(found, look), path)
+    print(text_table(plots_functions.table(found)))
     return path
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise RecipeError(f"plots need {error.name}", remedy="pip install 'dsso[plots]'") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -233,10 +270,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dsso.plots", description="Draw the curves of one or several runs."
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a run")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="output directory of a run; or the word functions, alone"
+    )
     parser.add_argument("--out", help="picture to write (.png, .pdf, .svg)")
     options = parser.parse_args(arguments)
     try:
+        if options.runs == ["functions"]:
+            print(f"plot: {save_functions(options.out or 'functions.png')}")
+            return 0
         runs = [read_run(directory) for directory in options.runs]
         for warning in (text for run in runs for text in run.warnings):
             print(f"warning: {warning}", file=sys.stderr)

@@ -8,25 +8,44 @@ from typing import Any
 
 import pytest
 
+from dsso.optim import available, is_forward
 from dsso.optim.kfac import Config
 from dsso.recipe import Recipe, load_recipe
+from dsso.recipe_models import BASELINES
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.json"))
 SMALL = ("tiny", "minilm")
 """Models whose recipes run on a CPU, on one rank or two."""
 
+TITLES = {
+    "KFAC": "K-FAC",
+    "MEZO": "MeZO",
+    "ZO_ADAM": "MeZO-Adam",
+    "ZO_ADAMM": "ZO-AdaMM",
+    "ZO_ADAMU": "ZO-AdaMU",
+    "HIZOO": "HiZOO",
+}
+"""How comments write methods."""
+
 by_name = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+def parts(file: Path) -> tuple[str, list[str]]:
+    """Method, and the words behind it: model, how it is trained, and what else tells the recipe apart."""
+    names = sorted((name.lower() for name in [*available(), *BASELINES]), key=len, reverse=True)
+    method = next((name for name in names if file.stem.startswith(f"{name}_")), file.stem)
+    return method, file.stem.removeprefix(method).strip("_").split("_")
 
 
 def of(method: str) -> pytest.MarkDecorator:
     """The recipes of one method."""
-    files = [file for file in FILES if file.stem.startswith(f"{method}_")]
+    files = [file for file in FILES if parts(file)[0] == method]
     return pytest.mark.parametrize("file", files, ids=lambda file: file.stem)
 
 
 def is_small(file: Path) -> bool:
-    return file.stem.split("_")[1] in SMALL
+    return parts(file)[1][0] in SMALL
 
 
 def ranks(file: Path) -> list[int]:
@@ -44,6 +63,13 @@ def test_the_large_models_have_their_recipes(method: str, model: str, peft: str)
     assert recipe.dsso.peft.type == peft
     assert recipe.precision.dtype == "bfloat16"
     assert recipe.raw["train_batch_size"] == 128
+
+
+@pytest.mark.parametrize("model", ["opt_13b", "t5_3b"])
+def test_the_large_models_have_their_recipes_without_gradients(model: str) -> None:
+    recipe = load_recipe(CONFIGS / f"mezo_{model}_full_zero3.json")
+    assert (recipe.dsso.engine, recipe.zero_stage, recipe.precision.dtype) == ("deepspeed", 3, "bfloat16")
+    assert recipe.dsso.peft.type == "none"
 
 
 @by_name
@@ -82,10 +108,10 @@ def test_deepspeed_parses_what_it_gets(file: Path) -> None:
 @by_name
 def test_its_name_and_its_comment_say_what_it_is(file: Path) -> None:
     recipe = load_recipe(file)
-    method, *words = file.stem.split("_")
+    method, words = parts(file)
     assert method == recipe.optimizer_type.lower()
     assert recipe.dsso.comment
-    told = {"KFAC": "K-FAC", "MEZO": "MeZO"}.get(recipe.optimizer_type, "")
+    told = TITLES.get(recipe.optimizer_type, "")
     assert told in recipe.dsso.comment
     model = recipe.dsso.model.name.lower().replace("-", "_")
     named = "_".join(words[:1] if words[0] == "minilm" else words[:2])
@@ -132,9 +158,15 @@ def test_curvature_is_refreshed_early_and_the_newton_step_is_clipped(file: Path)
 
 
 def test_the_tests_have_every_stage_and_number_format() -> None:
-    tiny = [load_recipe(file) for file in FILES if file.stem.split("_")[1] == "tiny"]
+    tiny = [load_recipe(file) for file in FILES if parts(file)[1][0] == "tiny"]
     kfac = [recipe for recipe in tiny if recipe.optimizer_type == "KFAC"]
     assert {recipe.zero_stage for recipe in kfac} == {0, 1, 2, 3}
     assert {recipe.precision.dtype for recipe in kfac} == {"float32", "bfloat16", "float16"}
     assert {recipe.dsso.peft.type for recipe in kfac} == {"none", "lora", "adapter", "prefix"}
     assert {recipe.dsso.engine for recipe in kfac} == {"deepspeed", "single"}
+
+
+@pytest.mark.parametrize("kind", [name for name in available() if is_forward(name)])
+def test_every_method_without_gradients_has_a_test(kind: str) -> None:
+    recipes = [load_recipe(file) for file in FILES if parts(file)[1][0] == "tiny"]
+    assert any(recipe.optimizer_type == kind for recipe in recipes)

@@ -365,9 +365,9 @@ def test_the_schema_names_what_is_allowed() -> None:
     text = json.dumps(schema)
     for reference in {part.split('"')[0] for part in text.split('"$ref": "#/$defs/')[1:]}:
         assert reference in schema["$defs"]
-    kfac = schema["$defs"][
-        schema["properties"]["optimizer"]["oneOf"][0]["properties"]["params"]["$ref"].split("/")[-1]
-    ]
+    choices = schema["properties"]["optimizer"]["oneOf"]
+    params = {one["properties"]["type"]["const"]: one["properties"]["params"]["$ref"] for one in choices}
+    kfac = schema["$defs"][params["KFAC"].split("/")[-1]]
     assert kfac["properties"]["factor_interval"]["default"] == [[0, 1], [20, 10]]
 
 

@@ -62,14 +62,18 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     # optimizers and schedulers
     (
         {"optimizer": ...},
-        ["optimizer: is required and missing", "KFAC, MEZO, AdamW, Adam, SGD", "remedy: add"],
+        [
+            "optimizer: is required and missing",
+            "HIZOO, KFAC, MEZO, ZO_ADAM, ZO_ADAMM, ZO_ADAMU, AdamW, Adam, SGD",
+            "remedy: add",
+        ],
     ),
     (
         {"optimizer.type": "KFACC"},
         [
             "optimizer.type: unknown optimizer",
             "nearest: 'KFAC'",
-            "allowed: KFAC, MEZO, AdamW",
+            "allowed: HIZOO, KFAC, MEZO, ZO_ADAM, ZO_ADAMM, ZO_ADAMU, AdamW",
             "write 'KFAC'",
         ],
     ),

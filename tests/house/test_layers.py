@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 PLACES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("dsso/engines/",),
     "torch.distributed.fsdp": ("dsso/engines/",),
-    "matplotlib": ("dsso/plots.py", "docs/"),
+    "matplotlib": ("dsso/plots.py", "dsso/plots_functions.py", "docs/"),
     "torchmetrics": ("dsso/tasks/metrics.py",),
     "peft": ("dsso/tasks/",),
     "triton": ("dsso/parallel/philox_triton.py",),
@@ -71,7 +71,7 @@ def layer_of(module: str) -> int | None:
 
 def _rank(name: str) -> int | None:
     # recipe_checks and the like are parts of recipe
-    return _RANK.get(name, _RANK["recipe"] if name.startswith(("recipe_", "plan_")) else None)
+    return _RANK.get(name, _RANK["recipe"] if name.startswith(("recipe_", "plan_", "plots_")) else None)
 
 
 def violations(source: str, path: str) -> list[str]:
