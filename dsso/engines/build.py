@@ -183,14 +183,15 @@ def _build_forward(
 def _check_spread(carrier: ForwardOptimizer, resolved: Any, engine: str) -> None:
     """Refuse directions of its own for every rank where ranks write the slices that others compute with."""
     method = carrier.forward_method
-    written = resolved.precision.dtype != "float32" or method.shows_state
+    written = method.shows_state or (resolved.precision.dtype != "float32" and not method.stochastic)
     sharded = (engine == "fsdp2" and written) or (engine == "deepspeed" and resolved.zero_stage == 3)
     if method.spread and sharded and resolved.world_size > 1:
         raise RecipeError(
             "every rank would need weights of its own, and they are written in slices that all compute with",
             where="optimizer.params.spread",
             got=True,
-            allowed="replicas (ddp, ZeRO 0 to 2), or fsdp2 in fp32 with a method whose directions have no state",
+            allowed="replicas (ddp, ZeRO 0 to 2), or fsdp2 (in fp32, or with rounding stochastic) with a method whose"
+            " directions have no state",
             remedy="set optimizer.params.spread to false, or change the engine",
         )
 

@@ -67,7 +67,7 @@ class ForwardEngine(EngineBase):
     def _hold(self, module: nn.Module) -> Any:
         """Bring the model to this rank; what the method may see and move of its weights."""
         same_everywhere(p.detach() for p in chain(module.parameters(), module.buffers()))
-        return weights_of(module)
+        return weights_of(module, self._forward.forward_method.stochastic)
 
     @property
     def stage(self) -> int | None:

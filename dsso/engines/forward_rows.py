@@ -1,8 +1,9 @@
 """The engine of methods that need only losses, on weights that FSDP2 shards: a rank keeps and moves its own rows.
 
-Weights in fp32 are perturbed where they have been gathered, so nothing is kept beside the rows but the unit that runs.
-Weights in 16 bits have a master copy of the rows, from which these are written for every perturbation; so have weights
-in fp32 where a perturbation depends on state, which a rank has for its own rows only.
+Weights that are stepped themselves (fp32, or 16 bits with stochastic rounding) are perturbed where they have been
+gathered, so nothing is kept beside the rows but the unit that runs. Other weights in 16 bits have a master copy of the
+rows, from which these are written for every perturbation; and where a perturbation depends on state, which a rank has
+for its own rows only, there is a copy in every format.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dsso.parallel.noise import clean
 
 
 class GatheredWeights:
-    """Rows in fp32, perturbed in the gathered copies that the model computes with.
+    """Rows that are stepped themselves, perturbed in the gathered copies that the model computes with.
 
     Args:
         module: cut already.
@@ -127,11 +128,12 @@ class ForwardFSDP2Engine(ForwardEngine):
         local = {n: self._rows.local(n).detach() for n, w in self._rows.weights.items() if w.requires_grad}
         self._forward.param_groups[0]["params"] = list(local.values())
         wide = dtype in (torch.float32, torch.float64)
-        gathered = wide and not self._forward.forward_method.shows_state
+        method = self._forward.forward_method
+        gathered = (wide or method.stochastic) and not method.shows_state
         pieces, shown = [], []
         for name, rows in local.items():
             start, flat = self._rows.starts[name], rows.view(-1)
-            base = flat if gathered else copied(rows)
+            base = flat if gathered else copied(rows, method.stochastic)
             pieces.append(Piece(clean(name), start, base, clean(name) in shrinking))
             shown.append(flat)
         return GatheredWeights(module, self._rows, pieces) if gathered else MasterWeights(pieces, shown)

@@ -1,8 +1,9 @@
 """The engine of methods that need only losses, on weights that DeepSpeed shards (ZeRO stage 3), without its optimizer.
 
-DeepSpeed without an optimizer keeps slices of the weights and gathers them module by module; there are no gradients and
-no states. A rank writes its own slices for every perturbation, from an fp32 copy of them: a tied weight is gathered
-several times in one pass, so what is gathered cannot be perturbed. The slices may lie on the host (`offload_param`).
+DeepSpeed without an optimizer keeps slices of the weights and gathers them module by module; there are no gradients
+and no states. A rank writes its own slices for every perturbation, from a copy of them (in fp32, or as they are where
+steps are rounded at random): a tied weight is gathered several times in one pass, so what is gathered cannot be
+perturbed. The slices may lie on the host (`offload_param`).
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class ForwardZero3Engine(ForwardEngine):
             cut: Any = parameter
             start, numel = zero3.piece(cut, self.rank)
             held = cut.ds_tensor.detach().view(-1).narrow(0, 0, numel)
-            pieces.append(Piece(clean(name), start, copied(held), clean(name) in shrinking))
+            stochastic = self._forward.forward_method.stochastic
+            pieces.append(Piece(clean(name), start, copied(held, stochastic), clean(name) in shrinking))
             shown.append(held)
         self._verify(module, pieces)
         return MasterWeights(pieces, shown)

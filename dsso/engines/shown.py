@@ -1,10 +1,11 @@
 """Weights that a model computes with for a while, in the place of its own: perturbed, and back again bit by bit.
 
-Two forms. Weights in fp32 are swapped block by block: while a block runs, its parameters point to a perturbed copy, and
-then to themselves again; at any time there is a copy of one block only, and nothing is ever written over. Of embeddings
-outside the blocks only the rows that are looked up are copied, and linear layers there (heads) go through their rows in
-parts no larger than a block. Weights in 16 bits have a master copy in fp32, from which they are written as a whole, and
-a last time when the step is done; so have sharded ones, of which a rank writes just its own pieces.
+Two forms. Weights that are stepped themselves (in fp32, or rounded at random) are swapped block by block: while a
+block runs, its parameters point to a perturbed copy, and then to themselves again; at any time there is a copy of one
+block only, and nothing is ever written over. Of embeddings outside the blocks only the rows that are looked up are
+copied, and linear layers there (heads) go through their rows in parts no larger than a block. Other weights in 16
+bits have a master copy in fp32, from which they are written as a whole, and a last time when the step is done; so
+have sharded ones, of which a rank writes just its own pieces.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def meeting(module: nn.Module) -> Iterator[set[str]]:
 
 
 class MasterWeights:
-    """Weights that are written anew for every perturbation, from a copy in fp32 that is stepped.
+    """Weights that are written anew for every perturbation, from a copy that is stepped.
 
     Args:
         pieces: copies of what this rank holds.
@@ -113,18 +114,18 @@ class MasterWeights:
         """Nothing was put on the model."""
 
 
-def copied(weights: Tensor) -> Tensor:
-    """A flat fp32 copy.
+def copied(weights: Tensor, stochastic: bool = False) -> Tensor:
+    """A flat copy to be stepped: in fp32, or as the weights are where steps are rounded at random.
 
     Shapes:
         weights: any, contiguous.
         result: [numel].
     """
-    return weights.to(torch.float32, copy=True).view(-1)
+    return weights.to(weights.dtype if stochastic else torch.float32, copy=True).view(-1)
 
 
 class SwappedWeights:
-    """Weights in fp32, perturbed block by block in copies.
+    """Weights that are stepped themselves, perturbed block by block in copies.
 
     Args:
         module: the model; every rank has all of it.
@@ -286,11 +287,12 @@ class SwappedWeights:
             del part.forward
 
 
-def weights_of(module: nn.Module) -> SwappedWeights | MasterWeights:
+def weights_of(module: nn.Module, stochastic: bool = False) -> SwappedWeights | MasterWeights:
     """The form that fits the model's number format.
 
     Args:
         module: the model.
+        stochastic: weights of 16 bits are stepped themselves, and rounded at random.
 
     Raises:
         ValueError: trained parameters of several formats, or of one that is not floating.
@@ -299,4 +301,4 @@ def weights_of(module: nn.Module) -> SwappedWeights | MasterWeights:
     if len(kinds) > 1:
         raise ValueError(f"trained parameters of one number format are needed, got {sorted(map(str, kinds))}")
     wide = kinds <= {torch.float32, torch.float64}
-    return SwappedWeights(module) if wide else MasterWeights.of_replica(module)
+    return SwappedWeights(module) if wide or stochastic else MasterWeights.of_replica(module)

@@ -80,12 +80,13 @@ class ForwardMethod(ABC):
         states: kinds of state that a method keeps for every element that a rank holds, in fp32, with their first value.
         shows_state: a perturbation depends on state, so a rank can perturb just the elements that it holds.
         spread: every rank evaluates the whole batch along directions of its own.
+        stochastic: weights of 16 bits are moved themselves, by stochastic rounding, and have no copy in fp32.
         state: of each piece, by name of the parameter and kind, [elements of the piece].
     """
 
     states: ClassVar[Mapping[str, float]] = {}
     shows_state: ClassVar[bool] = False
-    spread = False
+    spread = stochastic = False
 
     def __init__(self) -> None:
         self.state: dict[str, dict[str, Tensor]] = {}

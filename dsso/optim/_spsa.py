@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from dsso.config import StrictModel
 from dsso.optim._probes import ForwardMethod, Piece, Probe, Write
-from dsso.parallel import noise
-from dsso.parallel.noise import Direction, Kind
+from dsso.parallel import noise, rounding
+from dsso.parallel.noise import MAX_STREAM, Direction, Kind
 from dsso.schedule import ScalarSchedule, bounded, value
 
 CHUNK = 1 << 18
@@ -53,6 +53,10 @@ class SPSAConfig(StrictModel):
     """Slopes are cut to at most this; null: never."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the directions."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of weights in 16 bits. `nearest`: steps go into an fp32 copy, four bytes an element, which is rounded;
+    `stochastic`: no copy, a step is rounded to either neighbour at random, so that small ones survive on
+    average."""
     spread: bool = False
     """Every rank evaluates the whole global batch along directions of its own, instead of its share along all of them:
     the same step, with n over the number of ranks in the place of n passes; n has to be a multiple of that number."""
@@ -69,6 +73,7 @@ class SPSAMethod(ForwardMethod):
         super().__init__()
         self.config = config
         self.spread = config.spread
+        self.stochastic = config.rounding == "stochastic"
 
     def directions(self, step: int) -> int:
         """Number of directions of a step."""
@@ -109,11 +114,34 @@ class SPSAMethod(ForwardMethod):
         found = slopes if bound is None else slopes.clamp(-bound, bound)
         return found.masked_fill(found.abs() > LARGEST, torch.inf)
 
-    def shrink(self, piece: Piece, lr: float) -> None:
+    def shrink(self, piece: Piece, step: int, lr: float) -> None:
         """Weight decay, where it applies."""
         keep = 1.0 - lr * self.config.weight_decay
-        if piece.decayed and keep != 1.0:
+        if not piece.decayed or keep == 1.0:
+            return
+        if not _is_16_bit(piece.base):
             piece.base.mul_(keep)
+            return
+        for at, part in parts(piece.base):
+            base = piece.base[at : at + part.numel()]
+            bits = self.direction(piece.name, MAX_STREAM - 1, step)
+            rounding.round_stochastic(base, part.copy_(base).mul_(keep), bits, piece.start + at)
+
+    def move(self, piece: Piece, at: int, change: Tensor, step: int) -> None:
+        """Add to some elements of a piece, once a step.
+
+        Args:
+            piece: of this rank.
+            at: first of them, in the piece.
+            change: [elements] in fp32; overwritten.
+            step: number of the step.
+        """
+        base = piece.base[at : at + change.numel()]
+        if not _is_16_bit(base):
+            base.add_(change)
+            return
+        bits = self.direction(piece.name, 0, step)
+        rounding.round_stochastic(base, change.add_(base), bits, piece.start + at)
 
     def gradient(self, piece: Piece, slopes: Sequence[float], step: int) -> Iterator[tuple[slice, Tensor]]:
         """Estimate of the gradient of a piece, a part at a time: (1/n) sum g z.
@@ -180,3 +208,7 @@ def parts(base: Tensor) -> Iterator[tuple[int, Tensor]]:
     room = torch.empty(min(CHUNK, numel), dtype=torch.float32, device=base.device)
     for at in range(0, numel, CHUNK):
         yield at, room[: min(CHUNK, numel - at)]
+
+
+def _is_16_bit(weights: Tensor) -> bool:
+    return weights.element_size() == 2

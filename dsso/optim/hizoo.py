@@ -107,9 +107,9 @@ class Method(ShapedMethod):
         slopes, bent = measures[:, 0].tolist(), measures[:, 1].tolist()
         share, (least, most) = value(self._smooth, step), self._bounds
         for piece in pieces:
-            self.shrink(piece, lr)
+            self.shrink(piece, step, lr)
             for at, z in parts(piece.base):
-                start, part = piece.start + at, slice(at, at + z.numel())
+                start = piece.start + at
                 seen, move = torch.zeros_like(z), torch.zeros_like(z)
                 for stream, (slope, curve) in enumerate(zip(slopes, bent, strict=True)):
                     noise.add(z.zero_(), z, self.direction(piece.name, stream, step), start, 1.0)
@@ -119,4 +119,4 @@ class Method(ShapedMethod):
                 held.add_(seen.abs_().sub_(1.0).mul_(share).mul_(held)).clamp_(least, most)
                 # A step of no length leaves every bit, also the sign of a zero.
                 if lr:
-                    piece.base[part].add_(move.div_(torch.sqrt(held, out=z)).mul_(-lr))
+                    self.move(piece, at, move.div_(torch.sqrt(held, out=z)).mul_(-lr), step)

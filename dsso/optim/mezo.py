@@ -31,7 +31,7 @@ from torch import Tensor
 from dsso.config import problem
 from dsso.optim._probes import Piece
 from dsso.optim._spsa import SPSAConfig, SPSAMethod
-from dsso.parallel import noise
+from dsso.parallel import noise, rounding
 from dsso.schedule import minimum
 
 
@@ -76,9 +76,10 @@ class Method(SPSAMethod):
         steps = torch.where(over > 0, slopes / over, torch.zeros_like(slopes))
         scales = (-lr * steps / len(measures)).tolist()
         for piece in pieces:
-            self.shrink(piece, lr)
+            self.shrink(piece, step, lr)
             for stream, scale in enumerate(scales):
                 # A step of no length leaves every bit, also the sign of a zero.
                 if scale:
                     z = self.direction(piece.name, stream, step)
-                    noise.add(piece.base, piece.base, z, piece.start, scale)
+                    add = rounding.add_stochastic if piece.base.element_size() == 2 else noise.add
+                    add(piece.base, piece.base, z, piece.start, scale)

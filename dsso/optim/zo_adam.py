@@ -59,7 +59,7 @@ class Method(SPSAMethod):
         root = (1.0 - beta2 ** (step + 1)) ** 0.5
         slopes = measures[:, 0].tolist()
         for piece in pieces:
-            self.shrink(piece, lr)
+            self.shrink(piece, step, lr)
             for part, estimate in self.gradient(piece, slopes, step):
                 at = piece.start + part.start
                 first = self.held("exp_avg", piece.name, at, estimate.numel())
@@ -69,4 +69,4 @@ class Method(SPSAMethod):
                 # A step of no length leaves every bit, also the sign of a zero.
                 if lr:
                     below = torch.sqrt(second, out=estimate).div_(root).add_(self._eps)
-                    piece.base[part].add_(torch.div(first, below, out=estimate).mul_(length))
+                    self.move(piece, part.start, torch.div(first, below, out=estimate).mul_(length), step)

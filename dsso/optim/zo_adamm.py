@@ -62,7 +62,7 @@ class Method(SPSAMethod):
         beta1, beta2 = self._betas
         slopes = measures[:, 0].tolist()
         for piece in pieces:
-            self.shrink(piece, lr)
+            self.shrink(piece, step, lr)
             for part, estimate in self.gradient(piece, slopes, step):
                 at = piece.start + part.start
                 first, second, most = (
@@ -74,4 +74,4 @@ class Method(SPSAMethod):
                 # A step of no length leaves every bit, also the sign of a zero.
                 if lr:
                     below = torch.sqrt(most, out=estimate).add_(self._eps)
-                    piece.base[part].add_(torch.div(first, below, out=estimate).mul_(-lr))
+                    self.move(piece, part.start, torch.div(first, below, out=estimate).mul_(-lr), step)

@@ -162,9 +162,9 @@ class Method(ShapedMethod):
         _, b1, b2 = self.annealed(step)
         slopes = (measures[:, 0] / len(measures)).tolist()
         for piece in pieces:
-            self.shrink(piece, lr)
+            self.shrink(piece, step, lr)
             for at, below in parts(piece.base):
-                start, part = piece.start + at, slice(at, at + below.numel())
+                start = piece.start + at
                 memory, move = torch.zeros_like(below), torch.zeros_like(below)
                 for stream, slope in enumerate(slopes):
                     p, q = self._drawn(piece.name, start, below.numel(), stream, step)
@@ -177,4 +177,4 @@ class Method(ShapedMethod):
                 self.held("momentum", piece.name, start, below.numel()).copy_(memory)
                 # A step of no length leaves every bit, also the sign of a zero.
                 if lr:
-                    piece.base[part].add_(move.mul_(-lr))
+                    self.move(piece, at, move.mul_(-lr), step)

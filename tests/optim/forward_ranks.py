@@ -143,7 +143,7 @@ def the_course_of_one_process(kind: str, dtype: str, method: str = "MeZO", **set
             problems.append(f"{name}: {distance}")
     if set(mine) != set(gather_objects(mine)[0]):
         problems.append("the ranks tell other losses")
-    if settings.get("spread") and engine.health()["forwards"] != 4 // world:
+    if settings.get("spread") and engine.health()["forwards"] != 8 // world:
         problems.append(f"{engine.health()['forwards']} passes")
     if rank == 0 and weights.keys() != theirs.keys():
         problems.append(f"weights of other names: {list(weights)}")
@@ -151,9 +151,9 @@ def the_course_of_one_process(kind: str, dtype: str, method: str = "MeZO", **set
     return problems
 
 
-def steps_of_no_length(kind: str, dtype: str, steps: int) -> list[str]:
+def steps_of_no_length(kind: str, dtype: str, steps: int, rounding: str = "nearest") -> list[str]:
     """They change no bit, on no rank."""
-    engine = made(kind, net(0).to(DTYPES[dtype]), lr=1e-2)
+    engine = made(kind, net(0).to(DTYPES[dtype]), lr=1e-2, rounding=rounding)
     engine.optimizer.param_groups[0]["lr"] = 0.0
     world, rank = collectives.world_size(), collectives.rank()
     before = engine.gathered_state_dict()
@@ -295,16 +295,17 @@ def main() -> None:
             for sides in (1, 2):
                 report(out, the_course_of_one_process, (kind, "fp32"), noise=noise, sides=sides)
         report(out, the_course_of_one_process, (kind, "bf16"), noise="rademacher")
+        report(out, the_course_of_one_process, (kind, "bf16"), noise="rademacher", rounding="stochastic")
         for dtype in ("fp32", "bf16", "fp16"):
             if (kind, dtype) != ("zero3", "fp16"):  # DeepSpeed refuses fp16 on a CPU
                 report(out, steps_of_no_length, (kind, dtype, steps))
+        report(out, steps_of_no_length, (kind, "bf16", steps, "stochastic"))
         report(out, a_bad_loss_on_one_rank, (kind, 0))
         report(out, a_bad_loss_on_one_rank, (kind, 1))
         for method, settings in METHODS.items():
             report(out, the_course_of_one_process, (kind, "fp32", method), **settings)
     for kind in ("replica", "fsdp2"):
-        if collectives.world_size() == 2:
-            report(out, the_course_of_one_process, (kind, "fp32"), spread=True, noise="rademacher")
+        report(out, the_course_of_one_process, (kind, "fp32"), spread=True, directions=4, noise="rademacher")
     report(out, what_cannot_be_spread, ())
     for kind in ("fsdp2", "zero3"):
         for dtype in ("fp32", "bf16"):

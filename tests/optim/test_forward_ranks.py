@@ -10,9 +10,9 @@ from tests import scenarios
 
 HERE = Path(__file__).resolve().parent
 SCENARIOS = {
-    "the_course_of_one_process": 27,
+    "the_course_of_one_process": 32,
     "what_cannot_be_spread": 1,
-    "steps_of_no_length": 8,
+    "steps_of_no_length": 11,
     "a_bad_loss_on_one_rank": 6,
     "what_a_rank_keeps": 4,
     "a_checkpoint_goes_on": 4,
@@ -25,7 +25,7 @@ SCENARIOS = {
 def lines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> scenarios.Found:
     """All scenarios, run once in one process group."""
     out = tmp_path_factory.mktemp("forward") / "out.jsonl"
-    return scenarios.run(HERE / "forward_ranks.py", out, request.param, 200)
+    return scenarios.run(HERE / "forward_ranks.py", out, request.param, 280)
 
 
 @pytest.mark.dist
