@@ -13,7 +13,8 @@ from typing import Any
 from dsso.plan.model import Survey, Weight
 from dsso.recipe import ResolvedRecipe
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a weight, by the name of its type."""
 _BUCKET = 500_000_000
 """DeepSpeed's default of `reduce_bucket_size`, in elements."""
 _PERSISTENT = 100_000
@@ -84,7 +85,7 @@ def _numel(weights: list[Weight]) -> int:
 
 
 def _replica(survey: Survey, recipe: ResolvedRecipe, engine: str) -> Layout:
-    b, n = _BYTES[recipe.precision.dtype], _numel(survey.trained)
+    b, n = BYTES[recipe.precision.dtype], _numel(survey.trained)
     half = b < 4
     buckets = 0
     if not half:
@@ -115,7 +116,7 @@ def _zero(recipe: ResolvedRecipe, key: str, default: Any) -> Any:
 
 
 def _accumulation(recipe: ResolvedRecipe) -> int:
-    return _BYTES[recipe.precision.accumulation]
+    return BYTES[recipe.precision.accumulation]
 
 
 def keeps_all_in_fp32(recipe: ResolvedRecipe, engine: str) -> bool:
@@ -125,7 +126,7 @@ def keeps_all_in_fp32(recipe: ResolvedRecipe, engine: str) -> bool:
 
 
 def _zero_12(survey: Survey, recipe: ResolvedRecipe, engine: str, rank: int) -> Layout:
-    b, a, world = _BYTES[recipe.precision.dtype], _accumulation(recipe), recipe.world_size
+    b, a, world = BYTES[recipe.precision.dtype], _accumulation(recipe), recipe.world_size
     n = _numel(survey.trained)
     aligned = -(-n // (2 * world)) * 2 * world
     share = aligned // world
@@ -172,7 +173,7 @@ def _zero_12(survey: Survey, recipe: ResolvedRecipe, engine: str, rank: int) -> 
 
 
 def _zero_3(survey: Survey, recipe: ResolvedRecipe, rank: int) -> Layout:
-    b, a, world = _BYTES[recipe.precision.dtype], _accumulation(recipe), recipe.world_size
+    b, a, world = BYTES[recipe.precision.dtype], _accumulation(recipe), recipe.world_size
     threshold = int(_zero(recipe, "stage3_param_persistence_threshold", _PERSISTENT))
     pieces = {weight.name: -(-weight.numel // world) for weight in survey.weights}
     # One rank's pieces are whole already.
@@ -209,7 +210,7 @@ def holds_gradients(survey: Survey, world: int) -> bool:
 
 
 def _fsdp2(survey: Survey, recipe: ResolvedRecipe, rank: int) -> Layout:
-    b, world = _BYTES[recipe.precision.dtype], recipe.world_size
+    b, world = BYTES[recipe.precision.dtype], recipe.world_size
     shards = {weight.name: rows(weight, world, rank) for weight in survey.weights}
     held = {w.name: shards[w.name][1] for w in survey.trained if shards[w.name][1]}
     padded = sum(shards[weight.name][0] for weight in survey.trained)
@@ -245,10 +246,10 @@ def traffic(survey: Survey, recipe: ResolvedRecipe, engine: str) -> Traffic:
         engine: as for `layout`.
     """
     world, gas = recipe.world_size, recipe.gas
-    n, b = _numel(survey.trained), _BYTES[recipe.precision.dtype]
+    n, b = _numel(survey.trained), BYTES[recipe.precision.dtype]
     if world == 1:
         return Traffic(0, 0)
-    sent = _BYTES.get(_SHORT.get(str(recipe.ds_config.get("communication_data_type")), ""), b)
+    sent = BYTES.get(_SHORT.get(str(recipe.ds_config.get("communication_data_type")), ""), b)
     if engine == "ddp":
         return Traffic(4 * n, 0)
     if engine == "fsdp2":

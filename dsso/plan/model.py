@@ -112,6 +112,21 @@ class Survey:
         """Elements of all parameters."""
         return sum(weight.numel for weight in self.weights)
 
+    def tokens(self, examples: int, source: int, target: int) -> dict[str, int]:
+        """Tokens of some examples at full length that layers read, by side.
+
+        Args:
+            examples: their number.
+            source: longest input.
+            target: longest output.
+        """
+        read = examples * source
+        return {
+            "encoder": read,
+            "cross": read,
+            "decoder": examples * target if self.encoder_decoder else read,
+        }
+
 
 class _Full(TorchFunctionMode):
     """Answers questions about values that a meta tensor does not have.

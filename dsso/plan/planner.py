@@ -9,9 +9,11 @@ from typing import Any, get_args
 from torch import nn
 
 from dsso.errors import RecipeError
+from dsso.optim import is_forward
 from dsso.optim.kfac import Config
 from dsso.parallel.placement import Strategy
 from dsso.plan.factors import KfacPlan, Window
+from dsso.plan.forward import forward_plan
 from dsso.plan.layout import layout, traffic
 from dsso.plan.model import Survey, survey
 from dsso.plan.remedies import alternatives
@@ -83,6 +85,8 @@ def _plan(
 ) -> Plan:
     kind = engine or recipe.dsso.engine
     kind = f"zero-{recipe.zero_stage}" if kind == "deepspeed" else kind
+    if is_forward(recipe.optimizer_type):
+        return forward_plan(seen, recipe, kind, gpu_bytes)
     config, world = recipe.optimizer_config, recipe.world_size
     method = KfacPlan(seen, config, world, recipe.gas, strategy) if isinstance(config, Config) else None
     if recipe.is_method and method is None:
@@ -207,10 +211,7 @@ def _wire(gradients: int, weights: int, method: KfacPlan | None, exchange: int) 
 def _operations(seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | None) -> Operations:
     """Of a rank's examples at full length."""
     task, examples = recipe.dsso.task, recipe.micro_batch * recipe.gas
-    source = examples * task.max_length
-    rows = {"encoder": source, "cross": source, "decoder": examples * task.max_target_length}
-    if not seen.encoder_decoder:
-        rows["decoder"] = source
+    rows = seen.tokens(examples, task.max_length, task.max_target_length)
     forward = sum(2.0 * one.size * rows[one.side] for one in seen.linears)
     gradients = sum(2.0 * one.size * rows[one.side] for one in seen.linears if one.trained)
     # Gradients of inputs run back through frozen layers as well.

@@ -29,7 +29,7 @@ def alternatives(recipe: Recipe, found: Plan) -> Iterator[tuple[str, tuple[str, 
         yield f"{ranks} ranks", (), ranks
         for change, override in same[-1:]:
             yield f"{ranks} ranks and {change}", (override,), ranks
-            if cheaper:
+            if cheaper and isinstance(recipe.optimizer_config, Config):
                 low = "optimizer.params.low_rank=32"
                 yield f"{ranks} ranks, {change} and low rank 32", (override, low), ranks
 
@@ -52,8 +52,10 @@ def _same_step(recipe: Recipe, found: Plan) -> list[Change]:
 
 
 def _cheaper(recipe: Recipe) -> list[Change]:
-    """Other forms of the factors, each of them smaller than the recipe's; none for a baseline."""
+    """Other forms of the factors, each of them smaller than the recipe's; of a copy in fp32; none for a baseline."""
     config = recipe.optimizer_config
+    if getattr(config, "rounding", None) == "nearest" and recipe.precision.dtype != "float32":
+        return [("stochastic rounding", "optimizer.params.rounding=stochastic")]
     if not isinstance(config, Config):
         return []
     changes = []

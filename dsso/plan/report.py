@@ -18,7 +18,7 @@ class RankBytes:
         factors: Kronecker factors with their factorizations.
         gradients: as the optimizer finds them when it steps.
         gradients_in_pass: most at the end of a micro-batch's backward pass.
-        buckets: what the engine has only while a pass runs, at most.
+        buckets: what the engine has only while a pass runs, at most: also perturbed copies.
         lasting: those of them that stay during the step.
         sums: of a window that measures all factors, most at one time.
         statistics: these sums and their buffers.
@@ -69,6 +69,7 @@ class Wire:
         statistics: a rank hands to the reductions to owners, per measurement of all factors.
         bases: broadcast, per measurement of all factors: what low-rank forms are measured against.
         factorizations: the busiest rank sends to other appliers, per factorization of all factors.
+        losses: handed to the reductions per step, by methods from forward passes.
         per_step: all of it, averaged over the schedule's last intervals.
     """
 
@@ -78,6 +79,7 @@ class Wire:
     statistics: int = 0
     bases: int = 0
     factorizations: int = 0
+    losses: int = 0
     per_step: int = 0
 
 
@@ -86,11 +88,12 @@ class Operations:
     """Floating-point operations of the busiest rank; products with weights only, attention scores not counted.
 
     Attributes:
-        training: forward and backward passes of a step, at full length.
+        training: forward and backward passes of a step, at full length; forward passes alone where there are no others.
         apply: preconditioning, per step.
         measure: one measurement of all factors.
         refresh: one factorization of all factors.
         share: all that K-FAC adds to `training`, averaged over the schedule's last intervals.
+        passes: forward passes a rank makes of every micro-batch in a step, where there are no others; else 0.
     """
 
     training: float = 0.0
@@ -98,6 +101,7 @@ class Operations:
     measure: float = 0.0
     refresh: float = 0.0
     share: float = 0.0
+    passes: int = 0
 
 
 @dataclass(frozen=True)

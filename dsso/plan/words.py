@@ -32,12 +32,19 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield f"memory of rank {number}, the fullest"
     least = min(plan.ranks, key=lambda rank: rank.peak)
+    passes = plan.operations.passes
     rows = [
         ("weights", worst.weights, ""),
         ("gradients", worst.gradients, "when the optimizer steps"),
         ("masters", worst.masters, "fp32 copies of trained weights"),
         ("moments", worst.moments, ""),
     ]
+    if passes:
+        rows = [
+            rows[0],
+            ("copies", worst.masters, "that are stepped"),
+            ("state", worst.moments, "of the method"),
+        ]
     if plan.factors:
         total = sum(rank.factors for rank in plan.ranks)
         rows += [
@@ -49,7 +56,11 @@ def _lines(plan: Plan) -> Iterator[str]:
             ("exchange", worst.exchange, "at most, whole gradients and updates of this rank's layers"),
         ]
     rows += [
-        ("buckets", worst.buckets, "at most, the engine's while passes run"),
+        (
+            "buckets",
+            worst.buckets,
+            f"at most, {'perturbed or gathered weights' if passes else 'the engine' + chr(39) + 's'} while passes run",
+        ),
         ("in a pass", worst.in_pass, "everything, activations not counted"),
         ("in the step", worst.in_step, "everything"),
     ]
@@ -82,7 +93,10 @@ def _when(plan: Plan) -> str:
 def _traffic(plan: Plan) -> Iterator[str]:
     wire = plan.wire
     yield "on the wire, by the size of messages"
-    yield f"  {'gradients':<12}{size(wire.gradients):>13}  a step, reduced by the engine"
+    if plan.operations.passes:
+        yield f"  {'losses':<12}{wire.losses:>10,} B  a step, whatever the model"
+    else:
+        yield f"  {'gradients':<12}{size(wire.gradients):>13}  a step, reduced by the engine"
     yield f"  {'weights':<12}{size(wire.weights):>13}  a step, gathered by the engine"
     if plan.factors:
         yield f"  {'exchange':<12}{size(wire.exchange):>13}  a step, sent by the busiest rank: gradients and updates"
@@ -96,7 +110,8 @@ def _traffic(plan: Plan) -> Iterator[str]:
 def _work(plan: Plan) -> Iterator[str]:
     work = plan.operations
     yield "operations of a rank, products with weights at full length"
-    yield f"  {'training':<12}{_flops(work.training):>15}  forward and backward passes of a step"
+    told = f"{work.passes} forward passes" if work.passes else "forward and backward passes"
+    yield f"  {'training':<12}{_flops(work.training):>15}  {told} of a step"
     if plan.factors:
         yield f"  {'precondition':<12}{_flops(work.apply):>15}  a step"
         yield f"  {'measure':<12}{_flops(work.measure):>15}  all factors once"

@@ -85,12 +85,14 @@ def test_settings_that_need_gradients(path: str, value: object, told: str) -> No
     assert path in str(found.value)
 
 
-def test_where_it_does_not_work_yet(
+def test_a_plan_and_a_wrong_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--ds_config", SINGLE, "--output_dir", tmp_path / "out", "--check"]
-    assert train(monkeypatch, *words) == 2
-    assert "no plan can be made for this method" in capsys.readouterr().err
+    assert train(monkeypatch, *words) == 0
+    told = capsys.readouterr().out
+    assert "4 forward passes of a step" in told
+    assert "whatever the model" in told
     assert train(monkeypatch, *words[:4], "--set", "optimizer.params.eps=0") == 2
     assert "optimizer.params.eps" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

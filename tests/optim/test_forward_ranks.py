@@ -18,17 +18,28 @@ SCENARIOS = {
     "a_checkpoint_goes_on": 4,
     "sums_of_uneven_shares": 2,
     "sums_of_another_number": 2,
+    "ranks_that_have_gone_apart": 2,
 }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def lines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> scenarios.Found:
     """All scenarios, run once in one process group."""
     out = tmp_path_factory.mktemp("forward") / "out.jsonl"
-    return scenarios.run(HERE / "forward_ranks.py", out, request.param, 280)
+    return scenarios.run(HERE / "forward_ranks.py", out, request.param, 280 if request.param < 8 else 900)
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_scenario(scenario: str, lines: scenarios.Found) -> None:
     scenarios.check(scenario, SCENARIOS, lines)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_thousand_steps_of_no_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPS_OF_NO_LENGTH", "1000")
+    found = scenarios.run(HERE / "forward_ranks.py", tmp_path / "out.jsonl", 2, 1400)
+    scenarios.check("steps_of_no_length", SCENARIOS, found)

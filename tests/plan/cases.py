@@ -70,6 +70,29 @@ def adamw(recipe_: dict[str, Any]) -> dict[str, Any]:
     return {**recipe_, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
 
 
+def forward(method: str, recipe_: dict[str, Any], **params: Any) -> dict[str, Any]:
+    """A method from forward passes in the place of K-FAC."""
+    return {**recipe_, "optimizer": {"type": method, "params": {"lr": 1e-4, **params}}}
+
+
+FORWARD: dict[str, dict[str, Any]] = {
+    "ddp fp32 mezo": forward("MeZO", recipe("ddp", gas=2), directions=2),
+    "ddp fp32 mezo spread": forward("MeZO", recipe("ddp"), directions=4, spread=True, sides=1),
+    "ddp bf16 mezo": forward("MeZO", recipe("ddp", "bf16")),
+    "ddp bf16 rounded": forward("MeZO", recipe("ddp", "bf16", "tiny-t5"), rounding="stochastic"),
+    "zero-2 fp32 adam": forward("ZO_Adam", recipe("zero-2")),
+    "fsdp2 fp32 mezo": forward("MeZO", recipe("fsdp2", model="tiny-t5"), sides=1, directions=3),
+    "fsdp2 fp32 hizoo": forward("HiZOO", recipe("fsdp2", model="tiny-roberta")),
+    "fsdp2 bf16 adamm": forward("ZO_AdaMM", recipe("fsdp2", "bf16")),
+    "fsdp2 bf16 lora rounded": forward(
+        "MeZO", recipe("fsdp2", "bf16", "tiny-t5", LORA), rounding="stochastic"
+    ),
+    "zero-3 fp32 adamu": forward("ZO_AdaMU", recipe("zero-3"), t3=9),
+    "zero-3 bf16 mezo": forward("MeZO", recipe("zero-3", "bf16", "tiny-opt")),
+    "zero-3 bf16 rounded": forward("MeZO", recipe("zero-3", "bf16", "tiny-roberta"), rounding="stochastic"),
+}
+
+
 TWO_RANKS: dict[str, dict[str, Any]] = {
     "zero-0 fp32 dense": recipe("zero-0"),
     "zero-0 bf16 low rank": recipe("zero-0", "bf16", params=LOW),

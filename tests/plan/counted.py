@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from dsso import engines, tasks
 from dsso.curvature.sums import FactorSum
 from dsso.engines.base import EngineBase
+from dsso.engines.forward import ForwardEngine
 from dsso.parallel import collectives
 from dsso.recipe import load_recipe
 
@@ -132,6 +133,8 @@ def count(recipe: dict[str, Any]) -> dict[str, Any]:
     rank, world = collectives.rank(), collectives.world_size()
     before = set(alive())
     engine, data, _resolved = build(recipe, rank, world)
+    if isinstance(engine, ForwardEngine):
+        return count_forward(engine, data)
     optimizer = engine.optimizer
     entered: list[dict[int, int]] = []
     step = type(optimizer).step
@@ -173,6 +176,53 @@ def count(recipe: dict[str, Any]) -> dict[str, Any]:
         "gradients_in_pass": rest(passed),
         "sums": sums.most,
         "sent": 0 if method is None else method.statistics.sent,
+    }
+    engine.close()
+    return out
+
+
+def count_forward(engine: ForwardEngine, data: Any) -> dict[str, Any]:
+    """A step from forward passes: what is kept, and what the model's parameters take besides while blocks run."""
+    parameters = list(engine.module.parameters())
+    weights = storages([*parameters, *engine.module.buffers()])
+    masters = storages(piece.base for piece in engine._weights.pieces)
+    method = engine._forward.forward_method
+    state = storages(t for kinds in method.state.values() for t in kinds.values())
+    most = calls = 0
+
+    def look(*_: Any) -> None:
+        nonlocal most
+        now = storages(engine.module.parameters())
+        most = max(most, sum(size for key, size in now.items() if key not in weights))
+
+    for part in engine.module.modules():
+        part.register_forward_pre_hook(look)
+    gas = engine.gradient_accumulation_steps
+    share = (0, 1, gas * engine.world_size) if method.spread else (engine.rank, engine.world_size, gas)
+    size = engine.micro_batch_size * gas * engine.world_size
+    parts = tasks.data.micro_batches(tasks.data.global_batch(len(data.train), size, 0, 0), *share)
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        total = torch.zeros(2, dtype=torch.float64)
+        for one in parts:
+            batch = data.collate([data.train[i] for i in one], one)
+            total[0] += data.loss_sum(engine(**batch.inputs), batch)
+            total[1] += sum(data.terms(i) for i in one)
+        return total
+
+    engine.step(closure)
+    calls = 0
+    engine.step(closure)
+    out = {
+        "rank": engine.rank,
+        "weights": sum(weights.values()),
+        "masters": sum(size for key, size in masters.items() if key not in weights),
+        "moments": sum(state.values()),
+        "state_bytes": engine.state_bytes(),
+        "beside": most,
+        "passes": calls,
     }
     engine.close()
     return out

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.plan.cases import ONE_RANK, TWO_RANKS, planned
+from tests.plan.cases import FORWARD, ONE_RANK, TWO_RANKS, planned
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOSE = 0.05
@@ -91,3 +91,27 @@ def test_two_ranks(name: str, two_ranks: dict[str, list[dict[str, int]]]) -> Non
 @pytest.mark.parametrize("name", ONE_RANK)
 def test_one_rank(name: str, one_rank: dict[str, list[dict[str, int]]]) -> None:
     compare(ONE_RANK[name], one_rank[name])
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def forward(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[str, int]]]:
+    """Counts of the methods from forward passes."""
+    return counted(tmp_path_factory.mktemp("forward"), FORWARD, request.param)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", FORWARD)
+def test_methods_from_forward_passes(name: str, forward: dict[str, list[dict[str, int]]]) -> None:
+    lines = forward[name]
+    found = planned(FORWARD[name], len(lines))
+    for line, rank in zip(lines, found.ranks, strict=True):
+        assert rank.weights == line["weights"]
+        assert rank.masters == line["masters"]
+        assert rank.moments == line["moments"]
+        assert rank.masters + rank.moments == line["state_bytes"]
+        assert line["beside"] <= rank.buckets
+        assert found.operations.passes == line["passes"]
+        if "fp32 mezo" in name and len(lines) == 1:
+            assert line["beside"] > 0
