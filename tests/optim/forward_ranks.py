@@ -238,7 +238,7 @@ def ranks_that_have_gone_apart(bad_rank: int) -> list[str]:
         engine.digest()
     except RunError as error:
         told = str(error)
-        return problems + [] if "gate.weight" in told and "other weights" in told else [told]
+        return problems if "gate.weight" in told and "other weights" in told else [told]
     return [*problems, "nothing is noticed"]
 
 
