@@ -42,14 +42,16 @@ def test_a_run_and_its_continuation(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero3", "zero3 on the host"])
 def test_two_ranks_take_the_steps_of_one_process(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     assert train(monkeypatch, "--ds_config", REPLICAS, "--output_dir", tmp_path / "one") == 0
     where = ["--set", f"dsso.engine={engine}"]
     if engine.startswith("zero"):
-        where = ["--set", "dsso.engine=deepspeed", "--set", f"zero_optimization.stage={engine[-1]}"]
+        where = ["--set", "dsso.engine=deepspeed", "--set", f"zero_optimization.stage={engine[4]}"]
+    if engine.endswith("host"):
+        where += ["--set", "zero_optimization.offload_param.device=cpu"]
     program = Path(sys.executable).parent / "torchrun"
     head = [program, "--standalone", "--nproc_per_node", "2", ROOT / "launch" / "train.py"]
     done = command([*head, "--ds_config", REPLICAS, "--output_dir", tmp_path / "two", *where])
@@ -60,6 +62,16 @@ def test_two_ranks_take_the_steps_of_one_process(
     assert len(one) == len(two) == 8
     for mine, theirs in zip(two, one, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_fp16_needs_no_loss_scale_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = json.loads(SINGLE.read_text())
+    raw |= {"fp16": {"enabled": True}}
+    raw["optimizer"]["params"]["rounding"] = "stochastic"
+    (tmp_path / "recipe.json").write_text(json.dumps(raw))
+    assert train(monkeypatch, "--ds_config", tmp_path / "recipe.json", "--output_dir", tmp_path / "run") == 0
+    assert all(line["slope"] > 0 and not line["skipped_steps"] for line in lines(tmp_path / "run"))
+    assert {value.dtype for value in weights(tmp_path / "run").values()} == {torch.float16}
 
 
 @pytest.mark.parametrize(
