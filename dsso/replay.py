@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-
 from dsso import checkpoint, engines, seedlog
 from dsso.errors import DssoError, RecipeError, RunError
+from dsso.files import save_file
 from dsso.parallel.collectives import broadcast_object, rank
 from dsso.recipe import load_recipe
 from dsso.seeding import seed_everything
@@ -164,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="file to write; default: RUN/weights_STEP.safetensors")
     options = parser.parse_args(arguments)
+    for kind in (FutureWarning, DeprecationWarning):  # of libraries about each other
+        warnings.simplefilter("ignore", kind)
     try:
         if options.to < 0:
             raise RecipeError("is no number of steps", where="--to", got=options.to, allowed="0 or more")
