@@ -183,11 +183,11 @@ class DeepSpeedEngine(EngineBase):
             if not torch.equal(held.to(model.dtype), model.to(held.device)):
                 wrong = span.name
                 break
-        found = [name for name in collectives.gather_objects(wrong) if name]
+        found = collectives.first_named(wrong)
         if found:
             raise RunError(
                 "DeepSpeed's partition does not hold the weights where its own tables say",
-                where=f"zero_optimization.stage {self.stage}, parameter {found[0]}",
+                where=f"zero_optimization.stage {self.stage}, parameter {found}",
                 remedy="leave round_robin_gradients off, and use a DeepSpeed version that dsso is tested with",
             )
 

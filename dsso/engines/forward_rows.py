@@ -9,7 +9,6 @@ for its own rows only, there is a copy in every format.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +18,12 @@ from torch.utils.hooks import RemovableHandle
 
 from dsso.engines.forward import ForwardEngine
 from dsso.engines.rows import Rows
-from dsso.engines.shown import MasterWeights, copied, decayed, trained
-from dsso.optim._probes import Piece, Write
+from dsso.engines.shown import MasterWeights, OwnWeights, copied, decayed, trained
+from dsso.optim._probes import Piece
 from dsso.parallel.noise import clean
 
 
-class GatheredWeights:
+class GatheredWeights(OwnWeights):
     """Rows that are stepped themselves, perturbed in the gathered copies that the model computes with.
 
     Args:
@@ -34,9 +33,9 @@ class GatheredWeights:
     """
 
     def __init__(self, module: nn.Module, rows: Rows, pieces: Sequence[Piece]) -> None:
+        super().__init__()
         self.pieces = pieces
         self._rows = rows
-        self._write: Write | None = None
         self._own = {id(unit): self._parameters(unit) for unit in rows.units}
         self._names = {id(p): clean(n) for n, p in rows.weights.items() if p.requires_grad}
         self._shards = {key: [holder._parameters[a] for holder, a in own] for key, own in self._own.items()}
@@ -84,17 +83,6 @@ class GatheredWeights:
             whole: Any = holder._parameters[attribute]
             flat = whole.detach().view(-1)
             self._write(self._names[id(shard)], 0, flat, flat)
-
-    @contextmanager
-    def showing(self, write: Write | None) -> Iterator[None]:
-        """See `dsso.optim._probes.Weights`."""
-        self.publish()
-        self._write = write
-        try:
-            yield
-        finally:
-            self._write = None
-            self.publish()
 
     def publish(self) -> None:
         """The rows are the weights; gathered copies of them go."""

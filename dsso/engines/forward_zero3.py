@@ -97,11 +97,11 @@ class ForwardZero3Engine(ForwardEngine):
                 flat = parameter.detach().reshape(-1)[piece.start : piece.start + piece.base.numel()]
                 if not torch.equal(flat.to(piece.base), piece.base):
                     wrong = wrong or name
-        found = [name for name in collectives.gather_objects(wrong) if name]
+        found = collectives.first_named(wrong)
         if found:
             raise RunError(
                 "DeepSpeed's slices do not hold the weights where its own tables say",
-                where=f"zero_optimization.stage 3, parameter {found[0]}",
+                where=f"zero_optimization.stage 3, parameter {found}",
                 remedy="use a DeepSpeed version that dsso is tested with",
             )
 

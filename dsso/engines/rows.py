@@ -140,11 +140,11 @@ class Rows:
             piece = whole[self.starts[name] : self.starts[name] + local.numel()]
             if not torch.equal(piece, local.reshape(-1)):
                 wrong = wrong or name
-        found = [name for name in collectives.gather_objects(wrong) if name]
+        found = collectives.first_named(wrong)
         if found:
             raise RunError(
                 "FSDP2's shards are not the rows that dsso reads them to be",
-                where=f"parameter {found[0]}",
+                where=f"parameter {found}",
                 remedy="use a version of torch that dsso is tested with",
             )
 

@@ -10,6 +10,7 @@ have sharded ones, of which a rank writes just its own pieces.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -124,7 +125,29 @@ def copied(weights: Tensor, stochastic: bool = False) -> Tensor:
     return weights.to(weights.dtype if stochastic else torch.float32, copy=True).view(-1)
 
 
-class SwappedWeights:
+class OwnWeights(ABC):
+    """Weights that are stepped themselves, perturbed in copies while modules run."""
+
+    def __init__(self) -> None:
+        self._write: Write | None = None
+
+    @contextmanager
+    def showing(self, write: Write | None) -> Iterator[None]:
+        """See `dsso.optim._probes.Weights`."""
+        self.publish()
+        self._write = write
+        try:
+            yield
+        finally:
+            self._write = None
+            self.publish()
+
+    @abstractmethod
+    def publish(self) -> None:
+        """The pieces are the weights: copies that a pass has left behind, one that was broken off say, go."""
+
+
+class SwappedWeights(OwnWeights):
     """Weights that are stepped themselves, perturbed block by block in copies.
 
     Args:
@@ -132,6 +155,7 @@ class SwappedWeights:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        super().__init__()
         parameters = trained(module)
         for parameter in parameters.values():
             if not parameter.is_contiguous():
@@ -141,7 +165,6 @@ class SwappedWeights:
             Piece(name, 0, p.detach().view(-1), name in shrinking) for name, p in parameters.items()
         ]
         self._names = {id(p): n for n, p in parameters.items()}
-        self._write: Write | None = None
         # Kept: memory that is taken anew comes page by page, which costs more than to fill it.
         self._scratch: Tensor | None = None
         # Parameters that point to a copy: themselves, what they point to otherwise, and by how many modules they are
@@ -262,16 +285,6 @@ class SwappedWeights:
                 self._away[id(parameter)] = (parameter, home, uses - 1)
             else:
                 parameter.data = home
-
-    @contextmanager
-    def showing(self, write: Write | None) -> Iterator[None]:
-        """See `dsso.optim._probes.Weights`."""
-        self._write = write
-        try:
-            yield
-        finally:
-            self._write = None
-            self.publish()
 
     def publish(self) -> None:
         """The pieces are the weights; what a pass that was broken off has left away comes back."""

@@ -43,6 +43,11 @@ def gather_objects(obj: Any) -> list[Any]:
     return out
 
 
+def first_named(name: str) -> str:
+    """The first name that is not empty among those of all ranks, on every rank; empty where there is none."""
+    return next((one for one in gather_objects(name) if one), "")
+
+
 def broadcast_object(obj: Any, source: int = 0) -> Any:
     """The object of rank `source`, on every rank."""
     if not is_distributed():
