@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from dsso.engines import launch_environment, make_optimizer, start, stop
 from dsso.engines.ddp import DDPEngine
 from dsso.engines.fsdp2 import FSDP2Engine
+from dsso.engines.rows import Rows
 from dsso.errors import RecipeError, RunError
 from dsso.linalg import triangle
 from dsso.optim.kfac import Config
@@ -188,11 +189,11 @@ def shards(trained: str) -> list[str]:
     kept = sum(ref() is not None and not isinstance(ref(), DTensor) for ref in whole)
     if kept:
         problems.append(f"{kept} whole parameters stay in memory")
-    for name, weight in e._weights.items():
+    for name, weight in e._rows.weights.items():
         held = gather_objects(weight.to_local().numel())
         if sum(held) != start_[name].numel():
             problems.append(f"{name}: {held} of {start_[name].numel()} elements")
-    if gather_objects(e._weights["scale.weight"].to_local().numel()) != [8, 0]:
+    if gather_objects(e._rows.weights["scale.weight"].to_local().numel()) != [8, 0]:
         problems.append("no shard is empty")
     if e._hold != (trained == "adapters"):
         problems.append(f"gradients are held whole: {e._hold}")
@@ -337,14 +338,14 @@ def refusals() -> list[str]:
     scalar.gain = nn.Parameter(torch.ones(()))
     refused("scalar parameter gain", RecipeError, net=scalar)
     refused("bf16.enabled", RecipeError, net=model().bfloat16())
-    real = FSDP2Engine._first_elements
-    FSDP2Engine._first_elements = lambda self: {  # type: ignore[method-assign]
+    real = Rows._first_elements
+    Rows._first_elements = lambda self: {  # type: ignore[method-assign]
         n: max(at - 1, 0) for n, at in real(self).items()
     }
     try:
         refused("are not the rows", RunError)
     finally:
-        FSDP2Engine._first_elements = real  # type: ignore[method-assign]
+        Rows._first_elements = real  # type: ignore[method-assign]
     return problems
 
 

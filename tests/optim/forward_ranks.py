@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsso import tasks
+from dsso.config import ModelConfig, TaskConfig
 from dsso.engines import launch_environment, make_forward_optimizer, start, stop
 from dsso.engines.forward import ForwardEngine
 from dsso.engines.forward_rows import ForwardFSDP2Engine, GatheredWeights
@@ -19,7 +22,7 @@ from dsso.engines.forward_zero3 import ForwardZero3Engine
 from dsso.engines.shown import MasterWeights
 from dsso.errors import RunError
 from dsso.optim import resolve
-from dsso.parallel import collectives
+from dsso.parallel import collectives, noise
 from dsso.parallel.collectives import gather_objects
 from tests.scenarios import report
 
@@ -303,6 +306,51 @@ def sums_of_another_number(rank: int) -> list[str]:
     return ["no error"]
 
 
+def texts_under_perturbed_weights(kind: str, dtype: str) -> list[str]:
+    """What is written with perturbed weights, several times, is what a replica writes; then the weights are back."""
+    config = TaskConfig(max_length=32, train_examples=8, eval_examples=4)
+    task = tasks.load_task(config, 0)
+    name = ModelConfig(name="tiny-t5", init="random", dropout=0.0)
+    bundle = tasks.models.load(name, task, config, DTYPES[dtype])
+    options = {
+        "input_ids": torch.arange(24).view(2, 12) + 5,
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+
+    def write(name: str, start: int, base: Tensor, out: Tensor) -> None:
+        noise.add(out, base, noise.Direction(3, name), start, 0.05)
+
+    def written(engine: ForwardEngine) -> list[Tensor]:
+        engine.eval()
+        model: Any = engine.module
+        found = []
+        with torch.no_grad():
+            for shown in (write, write, None):
+                with engine._weights.showing(shown):
+                    found += [torch.stack(model.generate(**options).logits).double() for _ in range(2)]
+        return found
+
+    replica = made("replica", copy.deepcopy(bundle.model))
+    wanted = written(replica)
+    replica.close()
+    engine = made(kind, bundle.model)
+    found = written(engine)
+    engine.close()
+    bound = 1e-4 if dtype == "fp32" else 5e-2
+    problems = [
+        f"{i}: {(a - b).abs().max()}"
+        for i, (a, b) in enumerate(zip(found, wanted, strict=True))
+        if not (a - b).abs().max() <= bound * b.abs().max()
+    ]
+    if not (wanted[0] - wanted[-1]).abs().max() > 0.1 * wanted[-1].abs().max():
+        problems.append("the perturbation changes nothing")
+    return problems
+
+
 def all_steps_of_no_length(out: Path, kind: str, steps: int) -> None:
     """In every format that the engine has."""
     for dtype in ("fp32", "bf16", "fp16"):
@@ -322,9 +370,9 @@ def main() -> None:
         stop()
         return
     for kind in ("replica", "fsdp2", "zero3"):
-        for noise in ("gaussian", "rademacher"):
+        for z in ("gaussian", "rademacher"):
             for sides in (1, 2):
-                report(out, the_course_of_one_process, (kind, "fp32"), noise=noise, sides=sides)
+                report(out, the_course_of_one_process, (kind, "fp32"), noise=z, sides=sides)
         report(out, the_course_of_one_process, (kind, "bf16"), noise="rademacher")
         report(out, the_course_of_one_process, (kind, "bf16"), noise="rademacher", rounding="stochastic")
         all_steps_of_no_length(out, kind, 20)
@@ -338,6 +386,7 @@ def main() -> None:
     for kind in ("fsdp2", "zero3"):
         for dtype in ("fp32", "bf16"):
             report(out, what_a_rank_keeps, (kind, dtype))
+            report(out, texts_under_perturbed_weights, (kind, dtype))
     for kind, into in (("replica", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "replica"), ("zero3", "zero3")):
         report(out, a_checkpoint_goes_on, (kind, into, "bf16", str(out.parent)))
     for rank in (0, 1):

@@ -15,6 +15,7 @@ SCENARIOS = {
     "steps_of_no_length": 11,
     "a_bad_loss_on_one_rank": 6,
     "what_a_rank_keeps": 4,
+    "texts_under_perturbed_weights": 4,
     "a_checkpoint_goes_on": 4,
     "sums_of_uneven_shares": 2,
     "sums_of_another_number": 2,
