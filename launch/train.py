@@ -122,12 +122,15 @@ def _died(error: Exception, rank: int, world_size: int, output_dir: Path | None)
 
 
 def _what_now(output_dir: Path | None) -> str:
-    """What to do when the cause is mended: go on from the newest checkpoint, if there is one."""
+    """What to do when the cause is mended: go on from the last step, or the newest checkpoint, if there is one."""
     if output_dir is None:
         return ""
-    from dsso import checkpoint
+    from dsso import checkpoint, seedlog
 
+    log = output_dir / seedlog.FILE
     try:
+        if log.exists():
+            return f"\n  remedy: --resume auto goes on from the last step of {log}"
         found, _ = checkpoint.find(output_dir / "checkpoints")
     except OSError:
         return ""
