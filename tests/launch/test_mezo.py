@@ -1,4 +1,4 @@
-"""Methods without gradients through the one entry: trained, resumed, on replicas, refused where they do not work yet."""
+"""Methods without gradients through the one entry: trained, resumed, on replicas, refused where they cannot run yet."""
 
 from __future__ import annotations
 
