@@ -4,11 +4,11 @@
     DSSO_DATA=... python tests/bench/zo_learning.py --out runs/zo --quick    # few passes, one seed: it runs
 
 All weights of a tiny RoBERTa with random weights (two layers, 64 wide, bytes) learn to put the right word behind a
-sentence; batch 16. MeZO is as published: normal directions, one a step, both sides. The others differ in the method only,
-and take as many passes (three a step for HiZOO). Learning rates are searched on a seed of their own, over the same number
-of rates for each method, by the validation loss at the end; the figure is that loss on three further seeds. Runs are
-`launch/train.py` on `configs/mezo_tiny_roberta_full_single.json` with the rest set on the command line; a finished run is
-not repeated. The last line is one line of JSON.
+sentence; batch 16. MeZO is as published: normal directions, one a step, both sides. The others differ in the method
+only, and take as many passes (three a step for HiZOO). Learning rates are searched on a seed of their own, over the
+same number of rates for each method, by the validation loss at the end; the figure is that loss on three further seeds.
+Runs are `launch/train.py` on `configs/mezo_tiny_roberta_full_single.json` with the rest set on the command line; a
+finished run is not repeated. The last line is one line of JSON.
 """
 
 from __future__ import annotations
