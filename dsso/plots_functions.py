@@ -36,6 +36,9 @@ METHODS = ("Adam", "AdaMax", "MeZO", "ZO-AdaMU")
 EPS = 1e-3
 """Length of a perturbation."""
 
+LEAST = 1e-12
+"""Smaller values are drawn as this one."""
+
 Course = list[tuple[float, float]]
 """Points, the first one included."""
 
@@ -221,22 +224,33 @@ def draw(courses: Sequence[Mapping[str, Course]], look: Callable[[int], dict[str
             for number, name in enumerate(METHODS):
                 line = look(number)
                 x, y = zip(*found[name], strict=True)
-                axes[row][column].plot(x, y, linewidth=1.5, label=name, **line)
-                seen = [max(value, 1e-12) for value in values(function, found[name])]
-                axes[row + 1][column].plot(seen, linewidth=1.3, label=name, **line)
+                axes[row][column].plot(x, y, linewidth=1.2, alpha=0.85, label=name, **line)
+                axes[row][column].plot(
+                    *found[name][-1],
+                    "D",
+                    color=line["color"],
+                    markersize=6,
+                    markeredgecolor="white",
+                    zorder=5,
+                )
+                seen = [max(value, LEAST) for value in values(function, found[name])]
+                axes[row + 1][column].plot(seen, linewidth=1.0, label=name, **line)
             _marks(axes[row][column], function)
             axes[row + 1][column].set_yscale("log")
             axes[row + 1][column].set_xlabel("step")
             axes[row + 1][column].set_ylabel("value")
+            if any(min(values(function, points)) < LEAST for points in found.values()):
+                axes[row + 1][column].set_ylabel(f"value (≥ {LEAST:g})")
             axes[row + 1][column].grid(True, color="#DDDDDD", linewidth=0.6)
         handles = [
             Line2D([], [], linewidth=1.8, label=name, **look(number)) for number, name in enumerate(METHODS)
         ]
         marks: dict[str, Any] = {"color": "#222222", "linestyle": "none"}
         handles.append(Line2D([], [], marker="o", markersize=6, label="start", **marks))
+        handles.append(Line2D([], [], marker="D", markersize=6, label="end", **marks))
         handles.append(Line2D([], [], marker="*", markersize=11, label="minimum", **marks))
         figure.legend(
-            handles=handles, loc="outside upper center", ncols=6, frameon=False, fontsize=12, handlelength=3.2
+            handles=handles, loc="outside upper center", ncols=7, frameon=False, fontsize=12, handlelength=3.2
         )
     return figure
 

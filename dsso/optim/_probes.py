@@ -82,6 +82,7 @@ class ForwardMethod(ABC):
         spread: every rank evaluates the whole batch along directions of its own.
         stochastic: weights of 16 bits are moved themselves, by stochastic rounding, and have no copy in fp32.
         state: of each piece, by name of the parameter and kind, [elements of the piece].
+        taken: updates before the one to come: steps that were skipped, or without any slope, are none.
     """
 
     states: ClassVar[Mapping[str, float]] = {}
@@ -90,6 +91,7 @@ class ForwardMethod(ABC):
 
     def __init__(self) -> None:
         self.state: dict[str, dict[str, Tensor]] = {}
+        self.taken = 0
         self._starts: dict[str, int] = {}
 
     def attach(self, pieces: Sequence[Piece]) -> None:
@@ -287,6 +289,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         flat = measures is not None and not bool(measures[:, 0].any())
         if measures is not None and not flat:
             moved = [piece for piece in self._weights.pieces if piece.moved]
+            self.forward_method.taken = self.steps - self.skipped - self.flat
             self.forward_method.update(moved, measures, self.steps, lr)
         self.skipped += not good
         self.flat += flat

@@ -1,13 +1,13 @@
 """MeZO-Adam: the moments of Adam, taken from the gradient estimate of simultaneous perturbation.
 
-With h = (1/n) sum over n directions of g z, as MeZO steps along (`dsso.optim.mezo`), and t counted from 1,
+With h = (1/n) sum over n directions of g z, as MeZO steps along (`dsso.optim.mezo`), and t the number of updates, from 1,
 
     m <- b1 m + (1 - b1) h           v <- b2 v + (1 - b2) h^2
     w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps_adam)
 
 Deviations from the published description: m and v are kept in fp32, eight bytes a trained element, sharded as the
 weights are; with several directions their mean is squared, not each of them; weight decay is decoupled and applies to
-matrices only; t counts skipped steps as well, so that a step after skipped ones at the very start of a run is shorter.
+matrices only.
 
 Source: Malladi et al. 2023, "Fine-tuning language models with just forward passes", MeZO-Adam; Kingma and Ba 2015.
 """
@@ -55,8 +55,8 @@ class Method(SPSAMethod):
     def update(self, pieces: Sequence[Piece], measures: Tensor, step: int, lr: float) -> None:
         """Take the estimate into the moments, and a step of Adam."""
         beta1, beta2 = self._betas
-        length = -lr / (1.0 - beta1 ** (step + 1))
-        root = (1.0 - beta2 ** (step + 1)) ** 0.5
+        length = -lr / (1.0 - beta1 ** (self.taken + 1))
+        root = (1.0 - beta2 ** (self.taken + 1)) ** 0.5
         slopes = measures[:, 0].tolist()
         for piece in pieces:
             self.shrink(piece, step, lr)

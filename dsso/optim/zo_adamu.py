@@ -73,7 +73,7 @@ def anneal(phi: float, t: float, t1: float, t2: float, t3: float) -> float:
 class Config(SPSAConfig):
     """Parameters of ZO-AdaMU (`optimizer.params`)."""
 
-    t3: int = Field(ge=6)
+    t3: int = Field(ge=1)
     """Steps of the whole course (T3), as a rule `dsso.train.max_steps`: annealing is planned over them."""
     t1: int | None = Field(default=None, ge=0)
     """Step at which annealing begins (T1); null: t3 / 6. Before, a direction is as random as MeZO's."""

@@ -1,4 +1,4 @@
-"""The MeZO recipes through the one entry: trained, resumed, on every engine, and refused where they do not work."""
+"""Methods from forward passes through the one entry: trained, resumed, on every engine, refused where they cannot."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from dsso.errors import RecipeError
 from dsso.recipe import load_recipe
+from dsso.optim import resolve
 from tests.launch.runs import ROOT, lines, summary, train
 
 CONFIGS = ROOT / "configs"
@@ -38,6 +39,32 @@ def test_a_run_and_its_continuation(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert train(monkeypatch, "--ds_config", SINGLE, "--output_dir", parts, "--resume", "auto") == 0
     mine, theirs = weights(parts), weights(whole)
     assert theirs
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "forwards"),
+    [
+        ("zo_adam_tiny_roberta_full_single", [4] * 8),
+        ("zo_adamm_tiny_t5_lora_ddp", [4] * 8),
+        ("zo_adamu_tiny_roberta_full_bf16_single", [2] * 8),
+        ("hizoo_tiny_t5_lora_ddp", [3] * 4 + [5] * 4),
+    ],
+)
+def test_methods_with_state_go_on_with_it(
+    recipe: str, forwards: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, parts = ["--ds_config", CONFIGS / f"{recipe}.json"], tmp_path / "parts"
+    assert train(monkeypatch, *given, "--output_dir", tmp_path / "whole") == 0
+    told = lines(tmp_path / "whole")
+    assert [line["forwards"] for line in told] == forwards
+    assert all(line["slope"] > 0 and line["skipped_steps"] == 0 for line in told)
+    half = ["--output_dir", parts, "--set", "dsso.train.max_steps=4"]
+    assert train(monkeypatch, *given, *half) == 0
+    assert train(monkeypatch, *given, "--output_dir", parts, "--resume", "auto") == 0
+    mine, theirs = weights(parts), weights(tmp_path / "whole")
+    kinds = {name.partition("/")[0] for name in theirs}
+    assert kinds == {"weight", *resolve(summary(parts)["optimizer"]).Method.states}
     assert all(torch.equal(mine[name], value) for name, value in theirs.items())
 
 
