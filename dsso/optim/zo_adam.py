@@ -1,6 +1,6 @@
 """MeZO-Adam: the moments of Adam, taken from the gradient estimate of simultaneous perturbation.
 
-With h = (1/n) sum over n directions of g z, as MeZO steps along (`dsso.optim.mezo`), and t the number of updates, from 1,
+With h = (1/n) sum over n directions of g z, as MeZO steps along (`dsso.optim.mezo`), and t counting updates from 1,
 
     m <- b1 m + (1 - b1) h           v <- b2 v + (1 - b2) h^2
     w <- w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps_adam)

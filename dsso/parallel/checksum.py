@@ -32,10 +32,10 @@ def checksum(tensor: Tensor, start: int = 0) -> int:
     bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
     # The highest bit of 64 would vanish from the sum of an even number of elements: halves have places of their own.
     start *= bits.numel() // max(1, tensor.numel())
-    total = 0
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for at in range(0, bits.numel(), _CHUNK):
         part = bits[at : at + _CHUNK].to(torch.int64)
         place = torch.arange(start + at, start + at + part.numel(), device=bits.device)
         # Integers wrap around, so the order of the sum makes no difference. Without the one, zeros would not count.
-        total += int(((part + 1) * (place * _MIX | 1)).sum())
-    return total % 2**64
+        total += ((part + 1) * (place * _MIX | 1)).sum()
+    return int(total) % 2**64

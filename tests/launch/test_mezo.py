@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 
 from dsso.errors import RecipeError
-from dsso.recipe import load_recipe
 from dsso.optim import resolve
+from dsso.recipe import load_recipe
 from tests.launch.runs import ROOT, lines, summary, train
 
 CONFIGS = ROOT / "configs"
