@@ -308,11 +308,29 @@ class ForwardOptimizer(torch.optim.Optimizer):
             record: what `record` was after that step.
 
         Raises:
-            ValueError: it is not that of the next step.
+            RunError: it is not that of the next step, or not one of this method.
         """
         if record["step"] != self.steps + 1:
-            raise ValueError(f"step {self.steps + 1} is next, and the record is of step {record['step']}")
-        told = None if record.get("skipped") else torch.tensor(record["measures"], dtype=torch.float64)
+            raise RunError(
+                f"step {self.steps + 1} is next, and the record is of step {record['step']}", where="seed log"
+            )
+        told = None
+        if not record.get("skipped"):
+            method = self.forward_method
+            wanted = method.measure(
+                torch.zeros(len(method.probes(self.steps)), dtype=torch.float64), self.steps
+            )
+            try:
+                told = torch.tensor(record["measures"], dtype=torch.float64)
+            except (TypeError, ValueError):
+                told = torch.empty(0)
+            if told.shape != wanted.shape:
+                raise RunError(
+                    f"the record of step {record['step']} does not fit the method",
+                    where="seed log",
+                    got=str(record["measures"])[:80],
+                    allowed=f"numbers of shape {tuple(wanted.shape)}",
+                )
         self._move(told, float(record["lr"]))
 
     # -- reports and state --------------------------------------------------------------------------------------

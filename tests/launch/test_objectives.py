@@ -164,7 +164,7 @@ def test_two_replicas_count_what_one_process_counts(
         (SINGLE, "exact_match", ["'builtin' cannot be judged so", "its answers are classes", "remedy: "]),
         (SINGLE, "no_such_module:f", ["there is no module 'no_such_module'", "PYTHONPATH"]),
         (SINGLE, "json:dumpz", ["'json'", "has no such function", "nearest: 'dump'"]),
-        (None, "accuracy", ["KFAC needs gradients of the loss", "allowed: loss", "only losses: MEZO"]),
+        (None, "accuracy", ["KFAC needs gradients of the loss", "allowed: loss", "only losses: HIZOO, MEZO"]),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(

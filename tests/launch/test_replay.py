@@ -44,6 +44,11 @@ def same(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) 
     )
 
 
+def record(step: int, measures: list[Any]) -> bytes:
+    """A line of the log."""
+    return json.dumps({"step": step, "seed": 0, "lr": 0.0005, "measures": measures}).encode() + b"\n"
+
+
 def unfinished(straight: Path, out: Path, step: int, tail: bytes = b"") -> Path:
     """The run as a kill after some step would have left it: no checkpoint, a log, half a line."""
     out.mkdir()
@@ -116,10 +121,9 @@ def test_on_other_ranks(straight: Path, engine: str, tmp_path: Path, command: Co
         ({"--to": "-1"}, "is no number of steps"),
         ({"line": (3, b'{"step": 3, "lr": 0.\n')}, "line 3"),
         ({"line": (3, b"")}, "the log has steps 3 to 8"),
-        (
-            {"line": (4, b'{"step": 3, "seed": 0, "lr": 0.0005, "measures": [[9.0], [9.0]]}\n')},
-            "not those of the run",
-        ),
+        ({"line": (4, record(3, [[9.0, 1.0], [9.0, 1.0]]))}, "not those of the run"),
+        ({"line": (4, record(3, [[9.0], [9.0]]))}, "the record of step 3 does not fit"),
+        ({"line": (4, record(3, ["a"]))}, "the record of step 3 does not fit"),
         ({"resolved": ("model", {"name": "tiny-bert"})}, "written with other trained parameters"),
         ({"resolved": ("train", {"seed": 1, "max_steps": 8})}, "not those that the log goes on from"),
     ],
