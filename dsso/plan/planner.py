@@ -205,7 +205,15 @@ def _wire(gradients: int, weights: int, method: KfacPlan | None, exchange: int) 
     measured, made = _every(method.config)
     statistics, bases, sent = method.statistics_wire, method.bases_wire, method.factorizations_wire
     total = gradients + weights + exchange + measured * (statistics + bases) + made * sent
-    return Wire(gradients, weights, exchange, statistics, bases, sent, int(total))
+    return Wire(
+        gradients=gradients,
+        weights=weights,
+        exchange=exchange,
+        statistics=statistics,
+        bases=bases,
+        factorizations=sent,
+        per_step=int(total),
+    )
 
 
 def _operations(seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | None) -> Operations:
@@ -226,7 +234,13 @@ def _operations(seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | None) -
         rows = {side: -(-count // config.token_stride) for side, count in rows.items()}
     measure, refresh, apply = method.measure_flops(rows), max(method.refresh_flops), method.apply_flops
     extra = apply + measured * measure + made * refresh
-    return Operations(training, apply, measure, refresh, extra / training if training else 0.0)
+    return Operations(
+        training=training,
+        apply=apply,
+        measure=measure,
+        refresh=refresh,
+        share=extra / training if training else 0.0,
+    )
 
 
 def _remedies(seen: Survey, recipe: Recipe, found: Plan, engine: str | None) -> Iterator[Remedy]:

@@ -69,8 +69,8 @@ class Wire:
         statistics: a rank hands to the reductions to owners, per measurement of all factors.
         bases: broadcast, per measurement of all factors: what low-rank forms are measured against.
         factorizations: the busiest rank sends to other appliers, per factorization of all factors.
-        losses: handed to the reductions per step, by methods from forward passes.
         per_step: all of it, averaged over the schedule's last intervals.
+        losses: handed to the reductions per step, by methods from forward passes; a few numbers.
     """
 
     gradients: int = 0
@@ -79,8 +79,8 @@ class Wire:
     statistics: int = 0
     bases: int = 0
     factorizations: int = 0
-    losses: int = 0
     per_step: int = 0
+    losses: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dsso.plan.factors import KfacPlan
 from dsso.plan.layout import layout
 from dsso.plan.model import Survey, survey
 from dsso.recipe import ResolvedRecipe, load_recipe
-from tests.plan.cases import ADAPTER, BLOCKS, LORA, LOW, on_meta, planned, recipe
+from tests.plan.cases import ADAPTER, BLOCKS, LORA, LOW, forward, on_meta, planned, recipe
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -81,3 +81,25 @@ def test_exchange(engine: str, strategy: str, peft: dict[str, Any]) -> None:
         rows = [row for table_ in (real._sent, real._answered) for r, row in enumerate(table_) if r != rank]
         assert found[rank].sent == 4 * sum(copy.numel for row in rows for copy in row)
         assert found[rank].owned == 4 * sum(real.sizes[name] for name in real.owned)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_step_sends_on_average(kind: str) -> None:
+    """By the recipe's intervals: everything of a step, and a half of a measurement and of a factorization."""
+    wire = planned(recipe("zero-2", model="tiny-t5", params=KINDS[kind]), 4).wire
+    seldom = wire.statistics + wire.bases + wire.factorizations
+    assert wire.gradients > 0
+    assert wire.exchange > 0
+    assert wire.statistics > 0
+    assert wire.per_step == int(wire.gradients + wire.weights + wire.exchange + seldom / 2)
+    assert wire.losses == 0
+
+
+def test_what_a_step_from_forward_passes_sends() -> None:
+    """Two losses and two counts, eight bytes each; weights where they are sharded, once a pass."""
+    replicas = planned(forward("MeZO", recipe("ddp")), 4).wire
+    assert (replicas.losses, replicas.weights, replicas.per_step) == (32, 0, 32)
+    sharded = planned(forward("MeZO", recipe("fsdp2", "bf16"), sides=1, directions=3), 4)
+    assert sharded.wire.losses == 64
+    assert sharded.wire.weights == 2 * sharded.parameters * 4
+    assert sharded.wire.per_step == sharded.wire.losses + sharded.wire.weights
