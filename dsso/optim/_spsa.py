@@ -62,6 +62,20 @@ class SPSAConfig(StrictModel):
     the same step, with n over the number of ranks in the place of n passes; n has to be a multiple of that number."""
 
 
+class MomentsConfig(SPSAConfig):
+    """Parameters of methods that keep moments of the gradient estimate."""
+
+    lr: float = Field(default=1e-5, gt=0)
+    """Learning rate, about the largest step of a weight; a scheduler section of the recipe multiplies it."""
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (
+        0.9,
+        0.999,
+    )
+    """Share of the first and of the second moment that a step keeps."""
+    eps_adam: float = Field(default=1e-8, ge=1e-30)
+    """Added to the root of the second moment (the largest one, of ZO-AdaMM); `eps` is the length of a perturbation."""
+
+
 class SPSAMethod(ForwardMethod):
     """Probes and slopes; what is done with them is the method's own.
 

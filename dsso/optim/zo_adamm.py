@@ -20,28 +20,17 @@ optimization".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from dsso.optim._probes import Piece
-from dsso.optim._spsa import SPSAConfig, SPSAMethod
+from dsso.optim._spsa import MomentsConfig, SPSAMethod
 
 
-class Config(SPSAConfig):
+class Config(MomentsConfig):
     """Parameters of ZO-AdaMM (`optimizer.params`)."""
-
-    lr: float = Field(default=1e-5, gt=0)
-    """Learning rate; a scheduler section of the recipe multiplies it."""
-    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (
-        0.9,
-        0.999,
-    )
-    """Share of the first and of the second moment that a step keeps."""
-    eps_adam: float = Field(default=1e-8, ge=1e-30)
-    """Added to the root of the largest second moment; `eps` is the length of a perturbation."""
 
 
 class Method(SPSAMethod):
