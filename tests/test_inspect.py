@@ -166,6 +166,10 @@ def test_condition_numbers_are_those_of_the_singular_values() -> None:
         exact = torch.linalg.svdvals(lower.double()).square()
         found = figures("f", tensors, 40).condition
         assert found == pytest.approx(float(exact.max() / exact.min()), rel=1e-6)
+        del tensors["f/0/square"]
+        tensors["f/0/square_inverse"] = torch.cholesky_inverse(lower.double()).tril()
+        found = figures("f", tensors, 40).condition
+        assert found == pytest.approx(float(exact.max() / exact.min()), rel=1e-6)
 
 
 def test_the_command(run: tuple[Path, SingleEngine]) -> None:

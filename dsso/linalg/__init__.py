@@ -1,1 +1,1 @@
-"""Pure tensor mathematics; imports torch and nothing else."""
+"""Pure tensor mathematics; imports torch and the standard library, nothing else."""

@@ -99,3 +99,16 @@ def cholesky(damped_DD: Tensor, jitter: float = 0.0) -> tuple[Tensor, Tensor]:
     if jitter:
         damped_DD.diagonal().add_(jitter * mean_eigenvalue(damped_DD))
     return damped_DD, triangle.factorize_(damped_DD)
+
+
+def inverse(damped_DD: Tensor, jitter: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Inverse of a damped matrix by its Cholesky factor, and whether that failed; arguments as of `cholesky`.
+
+    Returns:
+        `(X_DD, failed)`; X is the inverse on and below the diagonal, anything where it failed.
+    """
+    chol_DD, failed = cholesky(damped_DD, jitter)
+    # What failed is replaced by the identity: LAPACK's inverse would raise on it.
+    chol_DD.masked_fill_(failed, 0.0)
+    chol_DD.diagonal().add_(failed.to(chol_DD.dtype))
+    return torch.cholesky_inverse(chol_DD), failed

@@ -1,8 +1,8 @@
 """Symmetric matrices by half: computing, packing and keeping one triangle.
 
 A sum of outer products needs half of the products; on the wire it is a packed triangle; and at its owner one square
-holds two matrices, the running sum above the diagonal and the Cholesky factor on and below it, with the diagonal of
-the sum beside it:
+holds two matrices, the running sum above the diagonal and on and below it the Cholesky factor (or the inverse itself,
+which is symmetric), with the diagonal of the sum beside it:
 
     store_DD = strict upper triangle of S  +  L,        diagonal_D = diag S
 
@@ -21,8 +21,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dsso.linalg import solve_cpu
+
 PANEL = 256
 """Rows of a panel: large enough for matrix products to be fast, small enough to save half of them."""
+WHOLE = 2048
+"""Sides up to this are made whole for a product: fewer steps, for a copy that is gone at once."""
 
 
 def asking_is_free(flag: Tensor) -> bool:
@@ -242,7 +246,31 @@ def solve_lower(store_DD: Tensor, v_DR: Tensor) -> Tensor:
     Shapes:
         result: [D, R].
     """
+    solved = solve_cpu.solve(store_DD, v_DR)
+    if solved is not None:
+        return solved
     lower_DD = store_DD if store_DD.dtype == v_DR.dtype else store_DD.to(v_DR.dtype)
     half_DR = torch.linalg.solve_triangular(lower_DD, v_DR, upper=False)
     out_DR: Tensor = torch.linalg.solve_triangular(lower_DD.mT, half_DR, upper=True)
     return out_DR
+
+
+def multiply_lower(store_DD: Tensor, v_DR: Tensor) -> Tensor:
+    """X V, X symmetric and given by its lower triangle; nothing above the diagonal is read.
+
+    Large sides are halved: what is below the diagonal is used twice, as it lies and transposed.
+
+    Shapes:
+        result: [D, R].
+    """
+    dim = store_DD.shape[0]
+    if dim <= WHOLE:
+        lower_DD = store_DD.tril()
+        full_DD = lower_DD + lower_DD.tril(-1).mT
+        return full_DD @ v_DR
+    half = dim // 2
+    left_DR = multiply_lower(store_DD[:half, :half], v_DR[:half])
+    right_DR = multiply_lower(store_DD[half:, half:], v_DR[half:])
+    left_DR.addmm_(store_DD[half:, :half].mT, v_DR[half:])
+    right_DR.addmm_(store_DD[half:, :half], v_DR[:half])
+    return torch.cat([left_DR, right_DR])

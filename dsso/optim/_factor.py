@@ -22,18 +22,24 @@ Job = Callable[[], list[Tensor]]
 """A factorization to be run: gives what a block needs to take it over, whether it failed as second entry."""
 
 
+CHOLESKY, INVERSE = "square", "square_inverse"
+"""Names of a dense block's square in the state: with the Cholesky factor, with the inverse in its lower triangle."""
+
+
 class DenseBlock:
-    """A dense block: running sum above the diagonal of one square, Cholesky factor on and below it.
+    """A dense block: running sum above the diagonal of one square, Cholesky factor or inverse on and below it.
 
     Args:
         side: of the block.
         like: gives device and the dtype to compute in.
         storage: dtype of the square.
+        inverse: the inverse is kept, not the Cholesky factor.
     """
 
-    def __init__(self, side: int, like: Tensor, storage: torch.dtype) -> None:
+    def __init__(self, side: int, like: Tensor, storage: torch.dtype, inverse: bool = False) -> None:
         self.square_DD = torch.eye(side, dtype=storage, device=like.device)
         self.diagonal_D = like.new_zeros(side)
+        self.inverse = inverse
 
     basis: Tensor | None = None
     parts = 2
@@ -48,21 +54,24 @@ class DenseBlock:
         triangle.accumulate_(self.square_DD, self.diagonal_D, part, keep, take)
 
     def job(self, scale: Tensor, shift: Tensor, jitter: float, dtype: torch.dtype) -> Job:
-        """Cholesky factor of scale S + shift I, and whether that failed."""
+        """Cholesky factor or inverse of scale S + shift I, and whether that failed."""
         damped_DD = triangle.lower_of(self.square_DD, self.diagonal_D, scale, shift, dtype)
-        return lambda: list(kron.cholesky(damped_DD, jitter))
+        made = kron.inverse if self.inverse else kron.cholesky
+        return lambda: list(made(damped_DD, jitter))
 
     def keep(self, found: list[Tensor], good: Tensor) -> None:
         """Take over what the job found, where `good`."""
         triangle.write_lower_(self.square_DD, found[0], good)
 
     def solve(self, v_DR: Tensor) -> Tensor:
-        """(L L^T)^-1 V."""
+        """(S + shift)^-1 V."""
+        if self.inverse:
+            return triangle.multiply_lower(self.square_DD, v_DR)
         return triangle.solve_lower(self.square_DD, v_DR)
 
     def state(self) -> dict[str, Tensor]:
         """All tensors."""
-        return {"square": self.square_DD, "diagonal": self.diagonal_D}
+        return {INVERSE if self.inverse else CHOLESKY: self.square_DD, "diagonal": self.diagonal_D}
 
     @property
     def wire_size(self) -> int:
@@ -77,8 +86,8 @@ class DenseBlock:
 
     def from_wire(self, wire: Tensor) -> None:
         """Take over a factorization that another rank made."""
-        chol_DD = triangle.unpack(wire, self.square_DD.shape[0]).mT
-        triangle.write_lower_(self.square_DD, chol_DD, torch.ones_like(wire[0], dtype=torch.bool))
+        lower_DD = triangle.unpack(wire, self.square_DD.shape[0]).mT
+        triangle.write_lower_(self.square_DD, lower_DD, torch.ones_like(wire[0], dtype=torch.bool))
 
     def sum(self) -> Tensor:
         """The running sum as a full matrix, [D, D]."""
@@ -199,6 +208,7 @@ class Factor:
         like: gives device and the dtype to compute in.
         storage: dtype of dense blocks.
         energy: see `LowRankBlock`.
+        inverse: see `DenseBlock`.
 
     Attributes:
         weight: running count behind the sums, scalar tensor.
@@ -207,14 +217,19 @@ class Factor:
     """
 
     def __init__(
-        self, dims: FactorDims, like: Tensor, storage: torch.dtype, energy: float | None = None
+        self,
+        dims: FactorDims,
+        like: Tensor,
+        storage: torch.dtype,
+        energy: float | None = None,
+        inverse: bool = False,
     ) -> None:
         self.dims = dims
         seed = zlib.crc32(dims.key.encode())
         self.blocks = [
             LowRankBlock(d, dims.kept_rank(d), like, seed + i, energy)
             if dims.kept_rank(d)
-            else DenseBlock(d, like, storage)
+            else DenseBlock(d, like, storage, inverse)
             for i, d in enumerate(dims.blocks)
         ]
         self.weight = like.new_zeros(())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsso.linalg import kron, lowrank, triangle
+from dsso.optim._factor import CHOLESKY, INVERSE
 
 RANK_CUT = 1e-6
 """Eigenvalues below this multiple of the largest do not count for the numerical rank."""
@@ -63,8 +64,8 @@ def figures(key: str, tensors: Mapping[str, Tensor], largest_side: int) -> Facto
     sides, kinds = [], []
     trace = 0.0
     for block in blocks:
-        dense = "square" in block
-        sides.append(block["square" if dense else "basis"].shape[0])
+        dense = "diagonal" in block
+        sides.append(block["diagonal" if dense else "basis"].shape[0])
         kinds.append("dense" if dense else "low rank")
         trace += float(block["diagonal"].sum() if dense else block["trace"])
     ready = bool(own["ready"])
@@ -93,8 +94,9 @@ def _used(block: dict[str, Tensor]) -> int:
 def _rank(blocks: list[dict[str, Tensor]]) -> int:
     values = []
     for block in blocks:
-        if "square" in block:
-            sum_DD = triangle.symmetric(block["square"], block["diagonal"], torch.float64)
+        if "diagonal" in block:
+            square_DD = block[CHOLESKY] if CHOLESKY in block else block[INVERSE]
+            sum_DD = triangle.symmetric(square_DD, block["diagonal"], torch.float64)
             values.append(torch.linalg.eigvalsh(sum_DD))
         else:
             side, kept = block["basis"].shape
@@ -107,9 +109,11 @@ def _rank(blocks: list[dict[str, Tensor]]) -> int:
 def _condition(blocks: list[dict[str, Tensor]]) -> float:
     values = []
     for block in blocks:
-        if "square" in block:
+        if INVERSE in block:
+            values.append(1 / torch.linalg.eigvalsh(block[INVERSE]))  # which reads the lower triangle
+        elif CHOLESKY in block:
             # L L^T in float64 loses nothing of what the float32 in L holds, and takes a third of L's singular values
-            lower_DD = block["square"].tril()
+            lower_DD = block[CHOLESKY].tril()
             values.append(torch.linalg.eigvalsh(lower_DD @ lower_DD.mT))
         else:
             # the inverse is Q K Q^T + s I

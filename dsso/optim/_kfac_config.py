@@ -13,6 +13,8 @@ from dsso.linalg.kron import DampingMode
 from dsso.parallel.placement import Strategy
 from dsso.schedule import Interval, ScalarSchedule, bounded
 
+RARE = 10
+"""Interval from which on `apply = "auto"` holds refreshes for rare."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -82,6 +84,8 @@ class Config(StrictModel):
     """Layers with a wider side go to the base method."""
     storage: Literal["float32", "bfloat16"] = "float32"
     """Type in which dense factors and their factorizations are kept."""
+    apply: Literal["auto", "solve", "inverse"] = "auto"
+    """How dense factors act: by triangular solves, by products with inverses; auto: by device and interval."""
     stagger: bool = True
     """Spread measurements and factorizations over their intervals, factor by factor."""
     async_delay: int = Field(default=0, ge=0)
@@ -108,3 +112,27 @@ class Config(StrictModel):
         if self.low_rank_energy is not None and self.low_rank is None:
             raise ValueError("low_rank_energy chooses among the pairs of low_rank, which is not set")
         return self
+
+    @model_validator(mode="after")
+    def _inverse_in_full(self) -> Config:
+        if self.apply == "inverse" and self.storage != "float32":
+            raise ValueError(
+                'apply = "inverse" needs storage = "float32": rounded to bfloat16 an inverse may be indefinite'
+            )
+        return self
+
+    def keeps_inverses(self, on_accelerator: bool) -> bool:
+        """Whether dense factors are kept as inverses.
+
+        A triangular solve with a few columns is a chain of small steps, which an accelerator waits for, where a
+        product is one; a CPU reads the matrix in both. An inverse costs twice as much again as the Cholesky
+        factor that it is made from, so it has to serve for some steps.
+
+        Args:
+            on_accelerator: the factors do not live in the host's memory.
+        """
+        if self.apply != "auto":
+            return self.apply == "inverse"
+        last = self.inverse_interval.segments[-1][1]
+        rare = last is None or last >= RARE
+        return on_accelerator and rare and self.storage == "float32"

@@ -30,6 +30,7 @@ from dsso.curvature.hooks import Capture
 from dsso.curvature.layers import split_parameters
 from dsso.errors import RecipeError, RunError
 from dsso.optim._factor import Factor
+from dsso.optim._forms import in_form
 from dsso.optim._kfac_config import BaseConfig, Config
 from dsso.optim._kfac_layout import layer_dims
 from dsso.optim._layer import LayerPair, precondition
@@ -90,9 +91,10 @@ class Method(GradientMethod):
         doubles = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
         dtype = torch.float64 if doubles else torch.float32
         self._like = torch.zeros((), dtype=dtype, device=device)
-        narrow = config.storage == "bfloat16"
+        storage = torch.bfloat16 if config.storage == "bfloat16" else dtype
+        self._inverses = config.keeps_inverses(device.type != "cpu")
         self.factors = {
-            f.key: Factor(f, self._like, torch.bfloat16 if narrow else dtype, config.low_rank_energy)
+            f.key: Factor(f, self._like, storage, config.low_rank_energy, self._inverses)
             for f in self.placement.held_by(rank)
         }
         a_keys = [one.a.key for one in dims]
@@ -262,6 +264,7 @@ class Method(GradientMethod):
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the state of the factors that this rank keeps; ages come with `load_counters`."""
+        tensors = in_form(tensors, self._inverses)
         for factor in self.factors.values():
             for key, mine in factor.state().items():
                 if key not in tensors:

@@ -286,8 +286,15 @@ class KfacPlan:
 
     @property
     def refresh_flops(self) -> list[float]:
-        """Operations of each rank when all factors are factorized once."""
-        return [2 * cost for cost in self.placement.costs]
+        """Operations of each rank when all factors are factorized once; dense ones as on a GPU, maybe inverted."""
+        times = 3 if self.config.keeps_inverses(on_accelerator=True) else 1
+        totals = [0.0] * self.world_size
+        for key, ranks in self.placement.factor_owners.items():
+            factor = self.placement.factors[key]
+            dense = sum(d**3 / 3 for d in factor.blocks if not factor.kept_rank(d))
+            for rank in ranks:
+                totals[rank] += 2 * (factor.refresh_cost + (times - 1) * dense)
+        return totals
 
     @property
     def apply_flops(self) -> float:

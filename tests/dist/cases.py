@@ -50,6 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "blocks": {"block_side": 23},
     "stride": {"token_stride": 3},
     "delayed": {"async_delay": 2},
+    "inverses": {"apply": "inverse", "strategy": "hybrid_optimal", "block_side": 23},
     "communication": {"strategy": "communication_optimal"},
     "hybrid": {"strategy": "hybrid_optimal", "grad_worker_fraction": 0.67},
     "mixture": {

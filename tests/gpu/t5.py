@@ -5,7 +5,8 @@
 
 AdamW, and K-FAC with measurements every 10 and factorizations every 100 steps, exact and of low rank, one after
 another in one process: median and slowest step, mean over the steps of a whole interval, and the peak of the
-allocator. The last line is one line of JSON.
+allocator. Before them, one dense factor with 8 columns, applied by triangular solves and by its inverse: which of the
+two `apply = "auto"` takes rests on that ratio. The last line is one line of JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gc
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +29,7 @@ from torch import nn  # noqa: E402
 
 from dsso.engines import make_optimizer  # noqa: E402
 from dsso.engines.single import SingleEngine  # noqa: E402
+from dsso.optim._factor import DenseBlock  # noqa: E402
 from dsso.optim.kfac import BaseConfig, Config  # noqa: E402
 from dsso.recipe_models import AdamWConfig  # noqa: E402
 
@@ -120,6 +123,31 @@ def measure(engine: SingleEngine, device: torch.device, steps: int, seconds: flo
     }
 
 
+def forms(device: torch.device, side: int) -> dict[str, float]:
+    """Median seconds of a factor at work, and of making it, by form."""
+    x_DD = torch.eye(side, device=device) * 2
+    v_DR = torch.randn(side, 8, device=device)
+    one, yes = torch.ones((), device=device), torch.ones((), dtype=torch.bool, device=device)
+    found = {}
+    for name, inverse in (("solve", False), ("inverse", True)):
+        block = DenseBlock(side, one, torch.float32, inverse)
+        block.average(x_DD.clone(), None, one * 0, yes)
+        job = block.job(one, one, 0.0, torch.float32)
+        block.keep(job(), yes)
+        for what, run in ((name, partial(block.solve, v_DR)), (f"make_{name}", job)):
+            times = []
+            for _ in range(12):
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                run()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+            found[f"{what}_s"] = median(times[2:])
+    return {**found, "side": side, "solve_over_inverse": found["solve_s"] / found["inverse_s"]}
+
+
 def main() -> None:
     """Run all, print the table and the summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -132,6 +160,10 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    applied = forms(device, 4 * arguments.width)
+    print(
+        f"a factor of side {applied['side']}, 8 columns: solves / product {applied['solve_over_inverse']:.2f}"
+    )
     results: dict[str, dict[str, float]] = {}
     for name, settings in CONTESTANTS.items():
         made = model(arguments, device)
@@ -155,7 +187,7 @@ def main() -> None:
             f" {one['peak_over_bytes'] / 1e9:12.2f} GB {one['state_bytes'] / 1e9:6.2f} GB"
         )
     place = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    summary = json.dumps({"device": place, "torch": torch.__version__, **results})
+    summary = json.dumps({"device": place, "torch": torch.__version__, "forms": applied, **results})
     (arguments.out / "t5.json").write_text(summary + "\n", encoding="utf-8")
     print(summary)
 

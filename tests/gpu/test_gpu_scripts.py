@@ -22,6 +22,8 @@ def test_the_comparison_runs(command, tmp_path) -> None:
     assert {"adamw", "exact", "low_rank"} <= set(found)
     assert found["exact"]["state_bytes"] > found["adamw"]["state_bytes"]
     assert found["adamw"]["steps"] == 4
+    forms = found["forms"]
+    assert forms["solve_over_inverse"] == forms["solve_s"] / forms["inverse_s"] > 0
 
 
 def test_directions_and_mezo_run(command, tmp_path) -> None:

@@ -82,3 +82,16 @@ def test_jitter_rescues_what_rounding_made_indefinite() -> None:
     x_DD = torch.ones(4, 4) - 1e-6 * torch.eye(4)
     assert kron.cholesky(x_DD.clone())[1]
     assert not kron.cholesky(x_DD.double(), jitter=1e-4)[1]
+
+
+@pytest.mark.parametrize("dim", [1, 30, 700])
+def test_inverse(dim: int) -> None:
+    """Below and on the diagonal, panel by panel or not; a failure is a tensor here as well."""
+    x_DD = _spd(dim, dim) + torch.eye(dim, dtype=torch.float64)
+    found_DD, failed = kron.inverse(x_DD.clone())
+    assert not failed
+    torch.testing.assert_close(found_DD.tril(), torch.linalg.inv(x_DD).tril())
+    for spoilt in (float("nan"), -5.0, 0.0):
+        y_DD = x_DD.clone()
+        y_DD[-1, -1] = spoilt
+        assert kron.inverse(y_DD)[1]

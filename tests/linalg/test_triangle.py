@@ -79,6 +79,16 @@ def test_a_solve_reads_nothing_above_the_diagonal() -> None:
     assert torch.equal(triangle.solve_lower(spoilt, v_DR), triangle.solve_lower(chol_DD, v_DR))
 
 
+@pytest.mark.parametrize("dim", [1, 2, 31, 32, 33, 131])
+def test_a_product_reads_the_lower_triangle_alone(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triangle, "WHOLE", 32)
+    x_ND, v_DR = _data(dim), _data(dim, 1, 3).mT
+    full_DD = x_ND.mT @ x_ND
+    half_DD = full_DD.clone()
+    half_DD[torch.ones(dim, dim, dtype=torch.bool).triu(1)] = float("nan")
+    torch.testing.assert_close(triangle.multiply_lower(half_DD, v_DR), full_DD @ v_DR)
+
+
 @settings(max_examples=30, deadline=None)
 @given(dim=st.integers(1, 40), seed=st.integers(0, 1000))
 def test_narrow_storage_rounds_and_nothing_else(dim: int, seed: int) -> None:

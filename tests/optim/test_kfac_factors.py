@@ -12,17 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dsso.engines import make_optimizer
 from dsso.engines.single import SingleEngine
-from dsso.optim._factor import Factor
+from dsso.errors import RunError
+from dsso.optim._factor import DenseBlock, Factor
+from dsso.optim._forms import in_form
 from dsso.optim._refresh import Stagger
 from dsso.optim.kfac import Config, Method
 from dsso.schedule import Interval
 
 CPU = torch.device("cpu")
 TOKENS = 40
+INVERSE: dict[str, Any] = {"apply": "inverse"}
 
 
 class Net(nn.Module):
@@ -72,7 +76,7 @@ def _after(steps: int, dtype: torch.dtype = torch.float64, **settings: Any) -> T
 def test_the_step_is_that_of_the_dense_factors_in_each_form() -> None:
     """A step with each form against float64 algebra on that form's own matrix."""
     low = {"low_rank": 4, "low_rank_above": 8}
-    forms: tuple[dict[str, Any], ...] = ({}, low, {"block_side": 9}, {**low, "block_side": 13})
+    forms: tuple[dict[str, Any], ...] = ({}, low, {"block_side": 9}, {**low, "block_side": 13}, INVERSE)
     for settings in forms:
         engine = _engine(_net(), damping_mode="absolute_each", damping=0.01, **settings)
         for seed in range(3):
@@ -163,6 +167,7 @@ def test_a_factorization_in_the_background_is_used_exactly_so_much_later(
         {"async_delay": 2},
         {"async_delay": 3, "low_rank": 4, "low_rank_above": 8},
         {"block_side": 9, "storage": "bfloat16"},
+        {"block_side": 9, **INVERSE},
     ],
 )
 def test_a_checkpoint_in_the_middle_goes_on_exactly(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -177,6 +182,78 @@ def test_a_checkpoint_in_the_middle_goes_on_exactly(settings: dict[str, Any], tm
     for seed in range(6, 12):
         _step(resumed, seed)
     assert torch.equal(_weights(straight), _weights(resumed))
+
+
+@pytest.mark.parametrize("kept", ["solve", "inverse"])
+def test_a_run_goes_on_with_the_other_form(kept: str, tmp_path: Path) -> None:
+    """Factorizations in use and under way are turned into it: the course is the same up to rounding."""
+    settings: dict[str, Any] = {
+        "factor_interval": 2,
+        "inverse_interval": 4,
+        "async_delay": 3,
+        "low_rank": 4,
+        "low_rank_above": 30,
+    }
+    straight = _engine(_net(), apply=kept, **settings)
+    for seed in range(14):
+        if seed == 6:
+            straight.save_checkpoint(tmp_path, "here", {})
+            assert any("pending" in name for name in straight.optimizer.method.state_tensors())
+        _step(straight, seed)
+    other = {"solve": "inverse", "inverse": "solve"}[kept]
+    resumed = _engine(_net(), apply=other, **settings)
+    resumed.load_checkpoint(tmp_path, "here")
+    for seed in range(6, 14):
+        _step(resumed, seed)
+    torch.testing.assert_close(_weights(resumed), _weights(straight), rtol=1e-9, atol=1e-11)
+
+
+def test_a_form_that_cannot_be_turned_is_refused() -> None:
+    square = -torch.eye(3)
+    with pytest.raises(RunError, match=r"(?s)cannot be turned.*positive definite"):
+        in_form({"one/a/0/square_inverse": square}, inverse=False)
+    assert in_form({"one/a/0/square_inverse": square}, inverse=True)["one/a/0/square_inverse"] is square
+
+
+def test_inverses_lose_no_more_than_solves() -> None:
+    """Where the factors are badly conditioned, in float32, against float64."""
+    torch.manual_seed(0)
+    basis_DD, _ = torch.linalg.qr(torch.randn(200, 200, dtype=torch.float64))
+    x_DD = basis_DD * torch.logspace(0, -4, 200, dtype=torch.float64) @ basis_DD.mT
+    for v_DR in (basis_DD[:, :8], basis_DD[:, -8:], torch.randn(200, 8, dtype=torch.float64)):
+        wanted = torch.linalg.solve(x_DD, v_DR)
+        errors = []
+        for inverse in (False, True):
+            block = DenseBlock(200, torch.zeros(()), torch.float32, inverse)
+            sum_DD = x_DD.float()
+            block.average(sum_DD, None, torch.tensor(0.0), torch.tensor(True))
+            found = block.job(torch.tensor(1.0), torch.tensor(0.0), 0.0, torch.float32)()
+            block.keep(found, ~found[1])
+            errors.append(float((block.solve(v_DR.float()) - wanted).norm() / wanted.norm()))
+        assert errors[1] < 5 * errors[0] < 0.05, errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_accelerator", "inverse"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"inverse_interval": 5}, True, False),
+        ({"inverse_interval": [[0, 1], [50, None]]}, True, True),
+        ({"storage": "bfloat16"}, True, False),
+        ({"apply": "solve"}, True, False),
+        ({"apply": "inverse", "inverse_interval": 1}, False, True),
+    ],
+)
+def test_the_form_is_chosen_by_device_and_interval(
+    settings: dict[str, Any], on_accelerator: bool, inverse: bool
+) -> None:
+    assert Config(**settings).keeps_inverses(on_accelerator) is inverse
+
+
+def test_narrow_inverses_are_refused() -> None:
+    with pytest.raises(ValidationError, match="indefinite"):
+        Config(apply="inverse", storage="bfloat16")
 
 
 @pytest.mark.parametrize("every", [4, 10])
@@ -254,6 +331,7 @@ def test_memory_is_an_even_share(settings: dict[str, Any]) -> None:
         {"storage": "bfloat16"},
         {"strategy": "communication_optimal"},
         {"async_delay": 1},
+        INVERSE,
     ],
 )
 def test_no_form_synchronizes_with_the_host(

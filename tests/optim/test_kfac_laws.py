@@ -167,15 +167,16 @@ def test_lora_like_zero_start_gets_its_factors_without_waiting_for_the_interval(
     assert not torch.equal(first, model[0].weight)
 
 
+@pytest.mark.parametrize(("apply", "square"), [("solve", "square"), ("inverse", "square_inverse")])
 def test_a_failed_factorization_keeps_the_last_good_one_and_is_retried(
-    monkeypatch: pytest.MonkeyPatch,
+    apply: Any, square: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dsso.optim import _factor
 
     def chol() -> Tensor:
-        return engine.optimizer.method.state_tensors()["first/a/0/square"].tril().clone()
+        return engine.optimizer.method.state_tensors()[f"first/a/0/{square}"].tril().clone()
 
-    engine = _engine(_net(), factor_interval=1, inverse_interval=1, stagger=False)
+    engine = _engine(_net(), factor_interval=1, inverse_interval=1, stagger=False, apply=apply)
     _step(engine, 0)
     good = chol()
     real, calls = _factor.kron.cholesky, []

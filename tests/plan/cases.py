@@ -101,6 +101,7 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
         "zero-1", "bf16", params={"storage": "bfloat16"}, **FP32
     ),
     "zero-2 fp32 blocks": recipe("zero-2", params=BLOCKS),
+    "zero-2 fp32 inverses": recipe("zero-2", params={"apply": "inverse"}),
     "zero-2 bf16 accumulated": recipe("zero-2", "bf16", gas=2),
     "zero-2 fp32 lora accumulated at the owners": recipe(
         "zero-2", model="tiny-t5", peft=LORA, gas=2, params={"accumulate": "owner", "bucket_mb": 0.01}
