@@ -24,10 +24,10 @@ def test_the_benchmark_runs(
     zo_learning.main(["--out", str(tmp_path / "out"), "--quick", "--workers", "2"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["quick"] is True
-    assert set(found) == {"forwards", "quick", *zo_learning.PASSES}
+    assert set(found) == {"model", "forwards", "quick", *zo_learning.PASSES}
     for method, passes in zo_learning.PASSES.items():
         assert 4.0 < found[method]["mean"] < 6.5
-        run = next((tmp_path / "out").glob(f"{method}_*"))
+        run = next((tmp_path / "out").glob(f"tiny-roberta_{method}_*"))
         logged = json.loads((run / "summary.json").read_text())
         assert logged["optimizer"] == method.upper()
         assert logged["steps"] * passes == found["forwards"] == 12
