@@ -262,7 +262,10 @@ def _need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        raise RecipeError(f"plots need {error.name}", remedy="pip install 'dsso[plots]'") from None
+        raise RecipeError(
+            f"plots need {error.name}",
+            remedy="in the project's folder: pip install -c constraints.txt -e '.[plots]'",
+        ) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -52,9 +52,15 @@ def check_for_forward(raw: Mapping[str, Any], method: str, stage: int) -> tuple[
         )
     for path, (works, _) in FIXED_FOR_METHODS.items():
         value = lookup(raw, path, works)
-        if path.startswith("zero_optimization.") and value not in (works, "auto"):
+        if value not in (works, "auto"):
+            sliced = path.startswith("zero_optimization.")
+            why = (
+                "a rank writes its own slices of the weights as they are"
+                if sliced
+                else "losses are evaluated in the model's own precision, by the module as it is, without gradients"
+            )
             raise RecipeError(
-                f"does not work with {method}: a rank writes its own slices of the weights as they are",
+                f"does not work with {method}: {why}",
                 where=path,
                 got=value,
                 allowed=str(works).lower(),

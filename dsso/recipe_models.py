@@ -21,7 +21,7 @@ WARMUP_SHARE = 0.06
 
 
 class AdamWConfig(StrictModel):
-    """AdamW as in torch: weight decay apart from the gradient."""
+    """AdamW by torch's kernel: weight decay apart from the gradient, of matrices only."""
 
     lr: float = Field(default=1e-3, gt=0.0)
     """Learning rate; a scheduler section multiplies it."""
@@ -30,7 +30,7 @@ class AdamWConfig(StrictModel):
     eps: float = Field(default=1e-8, gt=0.0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.0, ge=0.0)
-    """Weights shrink by `lr * weight_decay` a step."""
+    """Matrices (not biases, not norms) shrink by `lr * weight_decay` a step."""
     torch_adam: Literal[True] = True
     """torch's implementation is the one that is used; DeepSpeed's own is not offered."""
 
@@ -43,21 +43,21 @@ class AdamWConfig(StrictModel):
 
 
 class AdamConfig(AdamWConfig):
-    """Adam as in torch: weight decay is part of the gradient, unless `adam_w_mode` is true."""
+    """Adam by torch's kernel: weight decay is part of the gradient, unless `adam_w_mode` is true; of matrices only."""
 
     adam_w_mode: bool = False
     """Weight decay apart from the gradient, which is DeepSpeed's default for Adam and makes it AdamW."""
 
 
 class SGDConfig(StrictModel):
-    """Stochastic gradient descent as in torch."""
+    """Stochastic gradient descent with torch's momentum; weight decay of matrices only."""
 
     lr: float = Field(default=1e-2, gt=0.0)
     """Learning rate; a scheduler section multiplies it."""
     momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Decay of the sum of earlier gradients."""
     weight_decay: float = Field(default=0.0, ge=0.0)
-    """Multiple of the weights that is added to the gradient."""
+    """Multiple of the weights that is added to the gradient of matrices (not of biases and norms)."""
     nesterov: bool = False
     """Look one step ahead; needs momentum."""
 

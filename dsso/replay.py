@@ -127,7 +127,7 @@ def rebuild(run: Path, to: int) -> ForwardEngine:
     recipe = load_recipe(_for_any_number_of_ranks(written))
     config = recipe.dsso
     seed_everything(config.train.seed)
-    task = tasks.load_task(config.task, config.train.seed)
+    task = tasks.without_data(config.task, config.train.seed, "not read: a replay evaluates nothing")
     bundle = tasks.models.load(config.model, task, config.task, recipe.precision.torch_dtype)
     bundle = tasks.adapters.apply(bundle, config.peft)
     engines.start(environment, config.train.timeout_minutes)

@@ -31,7 +31,9 @@ def require_torchmetrics() -> None:
         import torchmetrics  # noqa: F401
     except ImportError as error:
         raise RecipeError(
-            "torchmetrics is not installed", where="dsso.task", remedy="pip install 'dsso[metrics]'"
+            "torchmetrics is not installed",
+            where="dsso.task",
+            remedy="in the project's folder: pip install -c constraints.txt -e '.[metrics]'",
         ) from error
 
 
