@@ -56,6 +56,9 @@ class MetricsLog:
         path: the file; None writes nothing (ranks other than 0).
         step: the step that the run goes on from: lines after it are dropped, they will be written again.
         sync_every: lines after which to wait until the disk has them; None: never.
+
+    Attributes:
+        evaluated: steps of which the file has an evaluation already.
     """
 
     def __init__(self, path: Path | None, step: int = 0, sync_every: int | None = None) -> None:
@@ -64,10 +67,13 @@ class MetricsLog:
         self._pending: list[bytes] = []
         self._warned = False
         self._handle = -1
+        self.evaluated: set[int] = set()
         if path is None:
             return
         if path.exists():
-            kept = b"".join(_lines_until(path, step))
+            lines = list(_lines_until(path, step))
+            self.evaluated = {line["step"] for line in map(json.loads, lines) if "eval" in line}
+            kept = b"".join(lines)
             aside = path.with_name(f".{path.name}.{os.getpid()}")
             aside.write_bytes(kept)
             aside.replace(path)
@@ -277,6 +283,35 @@ class NoopWatch:
         )
 
 
+class FlatWatch:
+    """Notices when steps from losses alone stand still: every slope of many steps in a row is zero.
+
+    Args:
+        window: steps in a row that are worth a notice.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self._streak = 0
+
+    def update(self, step: int, measures: Sequence[Sequence[float]]) -> str | None:
+        """Look at a step that was taken; a notice, once a streak, else None.
+
+        Args:
+            step: steps taken.
+            measures: of the step; empty where it was skipped. The first figure of each is a slope.
+        """
+        flat = bool(measures) and not any(one[0] for one in measures)
+        self._streak = self._streak + 1 if flat else 0
+        if self._streak != self.window:
+            return None
+        return (
+            f"warning: step {step}: all slopes of the last {self.window} steps were zero (dsso.train.noop_window ="
+            f" {self.window}), so no weight has moved; raise optimizer.params.eps or the batch, or take a smoother"
+            " objective"
+        )
+
+
 class SkipGuard:
     """Tells of skipped steps, and ends a run that skips one step after the other.
 
@@ -310,6 +345,7 @@ class SkipGuard:
             RunError: too many steps in a row were skipped.
         """
         total, steps = int(health.get("skipped_steps", 0)), step - self._step
+        judged = "slopes" if "slope" in health else "gradients"
         new, self._skipped, self._step = total - self._skipped, total, step
         # some engines drop steps before the optimizer sees them: the total counts those as well
         streak = self._streak + steps if new >= steps else int(health.get("consecutive_skips", 0))
@@ -320,7 +356,8 @@ class SkipGuard:
             source = (
                 f"the loss was not finite on {', '.join(ranks)}"
                 if ranks
-                else "the losses were finite, the gradients were not"
+                else f"the losses were finite, the {judged} were not"
+                + (" (or above optimizer.params.skip_slope)" if judged == "slopes" else "")
             )
             raise RunError(
                 f"{streak} steps in a row were skipped, the last is step {step} (first: {step - streak + 1});"
@@ -331,7 +368,8 @@ class SkipGuard:
             )
         if new <= 0:
             return None
-        cause = f"non-finite loss on {', '.join(ranks)}" if ranks else "non-finite gradient"
+        bad = "a slope not finite or too large" if judged == "slopes" else "non-finite gradient"
+        cause = f"non-finite loss on {', '.join(ranks)}" if ranks else bad
         if searching:
             cause = f"the loss scale is being found, now {health['loss_scale']:g}"
         return f"step {step}: {new} step(s) skipped on all ranks: {cause}; {total} in all"

@@ -38,7 +38,7 @@ from dsso.recipe_checks import (
     section,
     zero_stage,
 )
-from dsso.recipe_forward import check_for_forward
+from dsso.recipe_forward import check_for_forward, check_for_ranks
 from dsso.recipe_models import BASELINES, SCHEDULERS, WARMUP_SHARE, BaselineConfig, without_none
 
 __all__ = ["BaselineConfig", "Precision", "Recipe", "ResolvedRecipe", "load_recipe"]
@@ -122,6 +122,7 @@ class Recipe:
                 remedy="set dsso.engine to one of these, or start one process: python launch/train.py …",
             )
         micro, gas, total = batch_sizes(self.raw, world_size)
+        check_for_ranks(self.optimizer_config, world_size)
         return ResolvedRecipe(
             ds_config=self._ds_config(dict(zip(BATCH_KEYS, (total, micro, gas), strict=True)), steps),
             optimizer_type=self.optimizer_type,

@@ -9,6 +9,7 @@ from dsso.config import removal
 from dsso.ds_keys import FIXED_FOR_METHODS
 from dsso.errors import RecipeError
 from dsso.recipe_checks import lookup
+from dsso.schedule import ScheduleSpec, values
 
 _NO_GRADIENTS = {
     "gradient_clipping": "; optimizer.params.max_slope bounds the slopes",
@@ -16,6 +17,31 @@ _NO_GRADIENTS = {
     "zero_optimization.offload_optimizer.device": "; stage 3 shards the master weights over the ranks",
 }
 """Settings about gradients and the optimizer of DeepSpeed, and what to do instead."""
+
+
+def check_for_ranks(config: Any, world_size: int) -> None:
+    """Refuse numbers of directions that ranks cannot share evenly, where every rank has its own.
+
+    Args:
+        config: parameters of the method.
+        world_size: number of ranks.
+
+    Raises:
+        RecipeError: at some step there would be another number.
+    """
+    if not getattr(config, "spread", False) or world_size == 1:
+        return
+    given = config.directions
+    ramp = isinstance(given, ScheduleSpec) and given.type != "piecewise" and given.start != given.end
+    wrong = [count for count in values(given) if int(count) % world_size]
+    if ramp or wrong:
+        raise RecipeError(
+            f"{'a ramp of' if ramp else int(wrong[0])} direction(s) cannot be spread evenly over {world_size} ranks",
+            where="optimizer.params.directions",
+            got=given.to_json() if isinstance(given, ScheduleSpec) else given,
+            allowed=f"a multiple of {world_size}, or a piecewise schedule of such",
+            remedy="change it, or set optimizer.params.spread to false",
+        )
 
 
 def check_for_forward(raw: Mapping[str, Any], method: str, stage: int) -> tuple[str, ...]:

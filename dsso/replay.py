@@ -83,7 +83,9 @@ def check(path: Path, steps: Steps, engine: ForwardEngine, step: int) -> None:
 def _compare(path: Path, start: Start, engine: ForwardEngine) -> None:
     """Refuse the log of another model or method."""
     mine = dict(engine.optimizer.table.sizes)
+    narrow = start.dtype != "float32"
     for what, theirs, ours in (
+        ("rounding of 16-bit weights", narrow and start.params.get("rounding"), narrow and engine.rounding),
         ("method", start.method, engine.optimizer.method_name),
         ("number format", start.dtype, engine.dtype),
         ("trained parameters", start.parameters, mine),
@@ -116,7 +118,8 @@ def rebuild(run: Path, to: int) -> ForwardEngine:
     """
     from dsso import tasks
 
-    last = seedlog.read(run / seedlog.FILE).last
+    log = seedlog.read(run / seedlog.FILE)
+    last = log.last
     if to > last:
         raise RecipeError("the log ends before that step", where="--to", got=to, allowed=f"0 to {last}")
     try:
@@ -124,7 +127,7 @@ def rebuild(run: Path, to: int) -> ForwardEngine:
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"there is no config.json of a run ({error})", where=str(run)) from None
     environment = engines.launch_environment()
-    recipe = load_recipe(_for_any_number_of_ranks(written))
+    recipe = load_recipe(_for_any_number_of_ranks(_as_logged(written, log, to)))
     config = recipe.dsso
     seed_everything(config.train.seed)
     task = tasks.without_data(config.task, config.train.seed, "not read: a replay evaluates nothing")
@@ -142,6 +145,14 @@ def rebuild(run: Path, to: int) -> ForwardEngine:
     engine.replay(steps)
     built: ForwardEngine = engine
     return built
+
+
+def _as_logged(written: dict[str, Any], log: seedlog.SeedLog, to: int) -> dict[str, Any]:
+    """The recipe with the method's parameters of that step: the run may have gone on with others later."""
+    starts = [start for start in log.starts if start.step < to]
+    if starts:
+        written["optimizer"] = {**written["optimizer"], "params": starts[-1].params}
+    return written
 
 
 def _for_any_number_of_ranks(written: dict[str, Any]) -> dict[str, Any]:

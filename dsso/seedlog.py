@@ -101,6 +101,21 @@ class SeedLog:
         return out
 
 
+def _start(found: Mapping[str, Any]) -> Start:
+    """A start from its line.
+
+    Raises:
+        KeyError, TypeError: it is not one.
+    """
+    told = found["start"]
+    start = Start(found["step"], **{**told, "left": tuple(told["left"])})
+    kinds = {"step": int, "method": str, "params": dict, "parameters": dict, "digest": str, "dtype": str}
+    wrong = [name for name, kind in kinds.items() if type(getattr(start, name)) is not kind]
+    if wrong:
+        raise TypeError(wrong[0])
+    return start
+
+
 def read(path: Path) -> SeedLog:
     """Read a log.
 
@@ -128,10 +143,10 @@ def read(path: Path) -> SeedLog:
             continue
         try:
             if "start" in found:
-                told = found["start"]
-                starts.append(Start(found["step"], **{**told, "left": tuple(told["left"])}))
+                starts.append(_start(found))
                 continue
-            if not starts or not isinstance(found["step"], int) or not ({"measures", "lr"} <= found.keys()):
+            numbers = type(found["step"]) is int and type(found["lr"]) in (int, float)
+            if not starts or not numbers or not isinstance(found["measures"], list):
                 raise KeyError("step")
         except (KeyError, TypeError):
             raise RunError(

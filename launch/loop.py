@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsso.checkpoint import Checkpoint, Checkpointer, CheckpointError, find, rng_state, set_rng_state
 from dsso.curvature.labels import sample_labels
-from dsso.diagnostics import MetricsLog, NoopWatch, SkipGuard
+from dsso.diagnostics import FlatWatch, MetricsLog, NoopWatch, SkipGuard
 from dsso.parallel.collectives import gather_objects, rank
 from dsso.preempt import StopRequest, control_device
 from dsso.seeding import seed_everything
@@ -74,6 +74,7 @@ class Loop:
         self.checkpoints = Checkpointer(job.output_dir / "checkpoints", train.keep_last)
         self.progress = Progress(0, job.max_steps, speak=job.rank == 0)
         self._noop: NoopWatch | None = None
+        self._flat = FlatWatch(train.noop_window)
         if job.recipe.is_method and seeds is None:
             params = job.recipe.optimizer_config.model_dump()
             self._noop = NoopWatch(train.noop_window, job.recipe.optimizer_type, params)
@@ -112,10 +113,16 @@ class Loop:
 
         def arrived(step: int) -> None:
             self.step = step
-            self.evaluate("validation", again=True)
+            self.evaluate("validation", again=step in self.log.evaluated)
 
+        before = self.step
         self.seeds.catch_up(self.config.eval_interval, arrived)
         self.step = self.seeds.reached
+        if before < self.step >= self.job.max_steps:
+            # The run was killed after its last step, before the end of what follows it.
+            if self.step % self.config.eval_interval:
+                arrived(self.step)
+            self.save(needed=True)
 
     def _micro_batches(self) -> int:
         """Micro-batches of a window, over all ranks."""
@@ -154,8 +161,11 @@ class Loop:
         gas = engine.gradient_accumulation_steps
         indices = global_batch(len(job.data.train), job.recipe.global_batch, job.seed, self.step)
         if self.seeds is not None:
-            self._add(engine.step(partial(self._evaluated, indices), job.objective.value))
+            loss = engine.step(partial(self._evaluated, indices), job.objective.value)
+            # The loss is that of all ranks; which of them has none that is finite, its own sums tell.
+            self._sums[:2] += torch.stack([loss, torch.ones_like(loss)]).to(self._sums) * torch.isfinite(loss)
             self.seeds.add()
+            self._tell(self._flat.update(self.step + 1, self.seeds.measures))
             return
         terms = sum(job.data.terms(index) for index in indices) / (job.world_size * gas)
         for part in micro_batches(indices, job.rank, job.world_size, gas):
@@ -174,7 +184,9 @@ class Loop:
             parts = micro_batches(indices, 0, 1, job.world_size * engine.gradient_accumulation_steps)
         else:
             parts = micro_batches(indices, job.rank, job.world_size, engine.gradient_accumulation_steps)
-        return torch.stack([job.objective.sums(job.data, engine, part) for part in parts]).sum(dim=0)
+        sums = torch.stack([job.objective.sums(job.data, engine, part) for part in parts]).sum(dim=0)
+        self._sums[2] += (~torch.isfinite(sums).all()).to(self._sums)
+        return sums
 
     def _sampled(self, batch: Batch, terms: float) -> Tensor:
         """Loss of a micro-batch at labels drawn from the model, over the terms of the global batch."""
@@ -238,7 +250,7 @@ class Loop:
 
         Args:
             split: which.
-            again: the log of metrics has it already.
+            again: the log of metrics has it already; only rank 0 writes one and has to know.
         """
         job, engine = self.job, self.engine
         engine.eval()

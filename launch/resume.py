@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dsso import checkpoint, seedlog
 from dsso.checkpoint import Checkpoint, Skipped
 from dsso.engines.portable import describe
-from dsso.errors import RecipeError
+from dsso.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from dsso.engines.protocol import Engine
@@ -96,15 +96,25 @@ def plan(output_dir: Path, resume: str, overwrite: bool) -> Resume:
             raise _holds_another(output_dir, present)
         return Resume(candidates, skipped, present)
     later = [one for one in checkpoint.find(candidates[0].path.parent)[0] if one.step > candidates[0].step]
-    if later and not overwrite:
+    reached = _logged(output_dir / seedlog.FILE)
+    if (later or reached > candidates[0].step) and not overwrite:
+        newer = f"{later[0].tag} is newer" if later else f"the seed log goes on to step {reached}"
         raise RecipeError(
-            f"{later[0].tag} is newer and would be removed",
+            f"{newer} and would be removed",
             where="--resume",
             got=resume,
             remedy="--resume auto goes on from the newest, --overwrite removes what came later,"
             " another --output_dir keeps it",
         )
     return Resume(candidates, skipped)
+
+
+def _logged(path: Path) -> int:
+    """Steps that a seed log leads to; 0 where there is none that can be used."""
+    try:
+        return seedlog.read(path).last if path.exists() else 0
+    except RunError:
+        return 0
 
 
 def _candidates(directory: Path) -> tuple[tuple[Checkpoint, ...], tuple[Skipped, ...]]:

@@ -96,6 +96,12 @@ class Seeds:
             record["digest"] = engine.digest()
         self._log.write(seed=self._params.get("seed"), **record)
 
+    @property
+    def measures(self) -> list[list[float]]:
+        """Of the last step; empty where it was skipped."""
+        found: list[list[float]] = self._engine.record["measures"]
+        return found
+
     def close(self) -> None:
         """Write what is pending.
 

@@ -15,6 +15,7 @@ from dsso.ds_keys import (
     TOP_LEVEL,
     WITHOUT_DEEPSPEED,
 )
+from dsso.errors import RecipeError
 from dsso.recipe import load_recipe
 from tests.recipes import ADAMW, BASE, load, message
 
@@ -220,6 +221,37 @@ def test_settings_that_break_a_method_are_refused_for_methods_only(path: str) ->
     assert f"{path}: does not work with KFAC: {why}" in message({path: other(works)})
     load({path: works})
     load({path: other(works)}, ADAMW)
+
+
+@pytest.mark.parametrize("path", sorted(FIXED_FOR_METHODS))
+def test_the_same_settings_are_refused_for_methods_from_forward_passes(path: str) -> None:
+    works, _ = FIXED_FOR_METHODS[path]
+    base = {**BASE, "optimizer": {"type": "MeZO", "params": {}}}
+    assert f"{path}: does not work with MEZO: " in message({path: other(works)}, base)
+    load({path: works}, base)
+
+
+@pytest.mark.parametrize(
+    ("directions", "told"),
+    [
+        (3, "3 direction(s)"),
+        ({"type": "piecewise", "points": [[0, 4], [5, 6]]}, "6 direction(s)"),
+        ({"type": "linear", "start": 4, "end": 8, "steps": 10}, "a ramp of"),
+        ({"type": "piecewise", "points": [[0, 4], [5, 8]]}, None),
+    ],
+)
+def test_directions_of_its_own_for_every_rank_have_to_be_shared_evenly(
+    directions: Any, told: str | None
+) -> None:
+    params = {"directions": directions, "spread": True}
+    recipe = load({}, {**BASE, "optimizer": {"type": "MeZO", "params": params}})
+    recipe.resolved(1)
+    if told is None:
+        recipe.resolved(4)
+        return
+    with pytest.raises(RecipeError, match="cannot be spread evenly over 4 ranks") as caught:
+        recipe.resolved(4)
+    assert told in str(caught.value)
 
 
 @pytest.mark.parametrize("path", sorted(FIXED))

@@ -44,7 +44,21 @@ def test_half_a_line_at_the_end_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", ["not JSON\n", "[1]\n", '{"step": 2}\n', '{"start": {}}\n', '"step"\n', "7\n"]
+    "bad",
+    [
+        "not JSON\n",
+        "[1]\n",
+        '{"step": 2}\n',
+        '{"start": {}}\n',
+        '"step"\n',
+        "7\n",
+        '{"step": 2, "lr": null, "measures": [[1.0]]}\n',
+        '{"step": 2, "lr": "x", "measures": [[1.0]]}\n',
+        '{"step": true, "lr": 0.1, "measures": [[1.0]]}\n',
+        '{"step": 2, "lr": 0.1, "measures": 3}\n',
+        json.dumps({**START.line(), "step": "0"}) + "\n",
+        json.dumps({"step": 0, "start": {**START.line()["start"], "params": [1]}}) + "\n",
+    ],
 )
 def test_a_bad_line_within_is_named(tmp_path: Path, bad: str) -> None:
     with pytest.raises(RunError, match="line 3"):

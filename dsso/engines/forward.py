@@ -5,20 +5,23 @@ ZeRO's stages 0 to 2 are replicas as well: what stages 1 and 2 shard, gradients 
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
+from types import ModuleType
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dsso.engines.base import EngineBase
 from dsso.engines.digest import digest
-from dsso.engines.shown import meeting, trained, weights_of
-from dsso.errors import RunError
+from dsso.engines.shown import MasterWeights, meeting, trained, weights_of
+from dsso.errors import RecipeError, RunError
 from dsso.optim import resolve
 from dsso.optim._probes import ForwardOptimizer
 from dsso.parallel import collectives
@@ -27,6 +30,18 @@ from dsso.seedlog import Start
 
 _TOLERANCE = 1e-5
 """Two evaluations of the same batch with the same weights may differ so much, relatively."""
+
+
+def _config(module: ModuleType, start: Start) -> Any:
+    """Parameters that a seed log was written with; JSON has lists where some fields are tuples."""
+    try:
+        return module.Config.model_validate_json(json.dumps(start.params))
+    except ValidationError as error:
+        raise RunError(
+            f"the parameters of the log are not those of this method ({error.errors()[0]['msg']})",
+            where="seed log",
+            remedy="use the version of dsso that wrote it",
+        ) from None
 
 
 class ForwardEngine(EngineBase):
@@ -59,10 +74,25 @@ class ForwardEngine(EngineBase):
         self._forward: ForwardOptimizer = optimizer
         sizes = {name: parameter.numel() for name, parameter in trained(module).items()}
         self._weights: Any = self._hold(module)
+        self._check_spread(sizes)
         optimizer.attach(self._weights, sizes)
         self._trusted = False
         self._plain = True
         self._size = 0
+
+    def _check_spread(self, sizes: Mapping[str, int]) -> None:
+        """Refuse directions of its own for every rank where ranks write the slices that others compute with."""
+        cut = any(sizes[piece.name] != piece.base.numel() for piece in self._weights.pieces)
+        anywhere = any(collectives.gather_objects(cut))
+        if self._forward.forward_method.spread and anywhere and isinstance(self._weights, MasterWeights):
+            raise RecipeError(
+                "every rank would need weights of its own, and they are written in slices that all compute with",
+                where="optimizer.params.spread",
+                got=True,
+                allowed="replicas (ddp, ZeRO 0 to 2), or fsdp2 (in fp32, or with rounding stochastic) with a method"
+                " whose directions have no state",
+                remedy="set optimizer.params.spread to false, or change the engine",
+            )
 
     def _hold(self, module: nn.Module) -> Any:
         """Bring the model to this rank; what the method may see and move of its weights."""
@@ -73,6 +103,11 @@ class ForwardEngine(EngineBase):
     def stage(self) -> int | None:
         """ZeRO stage, where there are stages."""
         return self._stage
+
+    @property
+    def rounding(self) -> str:
+        """How steps reach weights of 16 bits, as a recipe writes it."""
+        return "stochastic" if self._forward.forward_method.stochastic else "nearest"
 
     @property
     def name(self) -> str:
@@ -237,7 +272,7 @@ class ForwardEngine(EngineBase):
                 if start is not taken:
                     self.leave(start.left)
                     # The log says what the parameters were; the recipe may have others by now.
-                    self._forward.forward_method = module.Method(module.Config(**start.params))
+                    self._forward.forward_method = module.Method(_config(module, start))
                     self._forward.forward_method.adopt(own)
                     taken = start
                 self._forward.replay(record)

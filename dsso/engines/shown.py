@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -197,27 +197,29 @@ class SwappedWeights(OwnWeights):
 
     def _watch_rows(self, part: nn.Embedding) -> None:
         """An embedding outside the blocks: of its weight only the rows that are looked up are copied."""
-        weight = cast("nn.Parameter", part.weight)
+        plain, weight = part.forward, cast("nn.Parameter", part.weight)
 
-        def look_up(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def forward(input: Tensor) -> Tensor:
             # On a GPU the rows would have to be asked for; there all of them are copied.
-            whole = weight.device.type != "cpu" or id(weight) in self._away or len(args) != 1
+            whole = weight.device.type != "cpu" or id(weight) in self._away or part.max_norm is not None
             if self._write is None or whole:
                 self._swap([weight])
-                return None
-            rows, places = torch.unique(args[0], return_inverse=True)
+                try:
+                    return plain(input)
+                finally:
+                    self._back([weight])
+            rows, places = torch.unique(input, return_inverse=True)
             home, width = weight.data, weight.shape[1]
             copy = self._room(rows.numel() * width, weight).narrow(0, 0, rows.numel() * width)
             for index, row in enumerate(rows.tolist()):
                 self._write(
                     self._names[id(weight)], row * width, home[row], copy.narrow(0, index * width, width)
                 )
-            weight.data = copy.view(-1, width)
-            self._away[id(weight)] = (weight, home, 1)
-            return (places,)
+            # Without padding_idx, which only gradients would know and which is not a row of these.
+            return nn.functional.embedding(places, copy.view(-1, width))
 
-        self._handles.append(part.register_forward_pre_hook(look_up))
-        self._handles.append(part.register_forward_hook(lambda *_: self._back([weight]), always_call=True))
+        part.forward = forward  # type: ignore[method-assign]
+        self._wrapped.append(part)
 
     def _watch_parts(self, part: nn.Linear) -> None:
         """A linear layer outside the blocks: its rows are perturbed and multiplied with in parts."""
@@ -232,7 +234,8 @@ class SwappedWeights(OwnWeights):
                 finally:
                     self._back(own)
             bias: Tensor | None = part.bias
-            if bias is not None and id(bias) in self._names:
+            # A bias that a module around this one holds as well points to its copy already.
+            if bias is not None and id(bias) in self._names and id(bias) not in self._away:
                 moved = torch.empty_like(bias)
                 self._write(self._names[id(bias)], 0, bias.data, moved)
                 bias = moved

@@ -51,6 +51,8 @@ class SPSAConfig(StrictModel):
     """Decoupled: matrices (not biases, not norms) shrink by lr * weight_decay a step."""
     max_slope: float | None = Field(default=None, gt=0)
     """Slopes are cut to at most this; null: never."""
+    skip_slope: float | None = Field(default=1e6, gt=0)
+    """A larger slope is held for an accident: all ranks leave the step out; null: only what leaves fp32 is."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the directions."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -123,10 +125,10 @@ class SPSAMethod(ForwardMethod):
         return self.bounded(found).unsqueeze(1)
 
     def bounded(self, slopes: Tensor) -> Tensor:
-        """Slopes cut to `max_slope`; what no state could take in becomes infinite, so that the step is skipped."""
-        bound = self.config.max_slope
+        """Slopes cut to `max_slope`; an absurd one becomes infinite before, so that the step is skipped."""
+        bound, absurd = self.config.max_slope, min(self.config.skip_slope or LARGEST, LARGEST)
         found = slopes if bound is None else slopes.clamp(-bound, bound)
-        return found.masked_fill(found.abs() > LARGEST, torch.inf)
+        return found.masked_fill(slopes.abs() > absurd, torch.inf)
 
     def shrink(self, piece: Piece, step: int, lr: float) -> None:
         """Weight decay, where it applies."""

@@ -71,6 +71,13 @@ def forward_plan(seen: Survey, recipe: ResolvedRecipe, engine: str, gpu_bytes: i
     )
 
 
+def _offloaded(recipe: ResolvedRecipe) -> bool:
+    device: object = (
+        recipe.ds_config.get("zero_optimization", {}).get("offload_param", {}).get("device", "none")
+    )
+    return device == "cpu"
+
+
 def _rank(seen: Survey, recipe: ResolvedRecipe, engine: str, rank: int, method: Any) -> RankBytes:
     b, world = BYTES[recipe.precision.dtype], recipe.world_size
     by_unit: dict[int, int] = {}
@@ -79,6 +86,7 @@ def _rank(seen: Survey, recipe: ResolvedRecipe, engine: str, rank: int, method: 
         by_unit[weight.unit] = by_unit.get(weight.unit, 0) + weight.numel
         trained[weight.unit] = trained.get(weight.unit, 0) + weight.numel * weight.trained
     root = by_unit.pop(-1, 0)
+    on_host = engine == "zero-3" and _offloaded(recipe)
     wide = b == 4 or method.stochastic
     if engine == "fsdp2":
         shards = {weight.name: rows(weight, world, rank) for weight in seen.weights}
@@ -94,7 +102,7 @@ def _rank(seen: Survey, recipe: ResolvedRecipe, engine: str, rank: int, method: 
         largest = max(weight.numel for weight in seen.weights)
         zero = recipe.ds_config.get("zero_optimization", {}).get("stage3_prefetch_bucket_size", _PREFETCH)
         ahead = _PREFETCH if zero == "auto" else int(zero)
-        buckets = b * min(seen.total, largest + ahead) if world > 1 else 0
+        buckets = b * min(seen.total, largest + ahead) if world > 1 or on_host else 0
     else:
         weights = b * seen.total
         held = sum(weight.numel for weight in seen.trained)
@@ -106,6 +114,10 @@ def _rank(seen: Survey, recipe: ResolvedRecipe, engine: str, rank: int, method: 
     weights += seen.buffer_bytes
     masters = (b if method.stochastic else 4) * held if copies else 0
     state = 4 * held * len(method.states)
+    # With offload_param slices, their copies and state are in the host's memory; what is gathered is not.
+    host = masters + state + weights - seen.buffer_bytes if on_host else 0
+    if on_host:
+        weights, masters, state = seen.buffer_bytes, 0, 0
     lasting = weights + masters + state
     return RankBytes(
         weights=weights,
@@ -124,6 +136,7 @@ def _rank(seen: Survey, recipe: ResolvedRecipe, engine: str, rank: int, method: 
         exchange=0,
         in_pass=lasting + buckets,
         in_step=lasting,
+        host=host,
     )
 
 

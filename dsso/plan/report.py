@@ -28,6 +28,7 @@ class RankBytes:
         exchange: buffers for whole gradients and updates, at most.
         in_pass: everything at the end of the backward pass.
         in_step: everything in the optimizer's step.
+        host: what lies in the host's memory instead of the device's, none of it counted above.
     """
 
     weights: int
@@ -46,6 +47,7 @@ class RankBytes:
     exchange: int
     in_pass: int
     in_step: int
+    host: int = 0
 
     @property
     def optimizer(self) -> int:

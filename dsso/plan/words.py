@@ -67,6 +67,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     for name, count, remark in rows:
         yield f"  {name:<12}{size(count):>13}  {remark}".rstrip()
     yield f"  {'peak':<12}{size(worst.peak):>13}  least of all ranks {size(least.peak)}"
+    if worst.host:
+        yield f"  {'on the host':<12}{size(worst.host):>13}  slices of the weights, their copies and state"
     yield "  Not counted: activations, temporary results inside operations, the allocator's gaps, the device's context."
     yield ""
     yield from _traffic(plan)

@@ -15,18 +15,31 @@ from dsso.optim import resolve
 CPU = torch.device("cpu")
 
 
+class Head(nn.Module):
+    """Whose bias is that of its layer as well, as in the heads of masked language models."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(width, 11)
+        self.bias = nn.Parameter(torch.linspace(-0.1, 0.1, 11))
+        self.decoder.bias = self.bias
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.decoder(h)
+
+
 class Net(nn.Module):
-    """Blocks, a tied head, a norm, a parameter of the root's own and dropout."""
+    """Blocks, a tied head with a shared bias, a norm, a parameter of the root's own and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(11, 8)
+        self.embed = nn.Embedding(11, 8, padding_idx=9)
         self.layers = nn.ModuleList(
             nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3)
         )
         self.norm, self.shift = nn.LayerNorm(8), nn.Parameter(torch.tensor([-0.0] + [0.0] * 7))
-        self.head = nn.Linear(8, 11, bias=False)
-        self.head.weight = self.embed.weight
+        self.head = Head(8)
+        self.head.decoder.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.embed(ids) + self.shift

@@ -20,7 +20,7 @@ from dsso.engines.forward import ForwardEngine
 from dsso.engines.forward_rows import ForwardFSDP2Engine, GatheredWeights
 from dsso.engines.forward_zero3 import ForwardZero3Engine
 from dsso.engines.shown import MasterWeights
-from dsso.errors import RunError
+from dsso.errors import RecipeError, RunError
 from dsso.optim import resolve
 from dsso.parallel import collectives, noise
 from dsso.parallel.collectives import gather_objects
@@ -38,19 +38,32 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+class Head(nn.Module):
+    """Whose bias is that of its layer as well, as in the heads of masked language models."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(width, 11)
+        self.bias = nn.Parameter(torch.linspace(-0.1, 0.1, 11))
+        self.decoder.bias = self.bias
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.decoder(h)
+
+
 class Net(nn.Module):
     """Blocks, rows that no number of ranks divides, fewer rows than ranks, a tied head, a vector of the root's own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(11, 6)
+        self.embed = nn.Embedding(11, 6, padding_idx=7)
         self.layers = nn.ModuleList(
             nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 6)) for _ in range(2)
         )
         self.gate, self.shift = nn.Linear(6, 1), nn.Parameter(torch.tensor([-0.0] + [0.1] * 5))
         self.norm = nn.LayerNorm(6)
-        self.head = nn.Linear(6, 11, bias=False)
-        self.head.weight = self.embed.weight
+        self.head = Head(6)
+        self.head.decoder.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.embed(ids) + self.shift
@@ -154,9 +167,12 @@ def the_course_of_one_process(kind: str, dtype: str, method: str = "MeZO", **set
     return problems
 
 
-def steps_of_no_length(kind: str, dtype: str, steps: int, rounding: str = "nearest") -> list[str]:
+def steps_of_no_length(
+    kind: str, dtype: str, steps: int, rounding: str = "nearest", method: str = "MeZO", **settings: Any
+) -> list[str]:
     """They change no bit, on no rank."""
-    engine = made(kind, net(0).to(DTYPES[dtype]), lr=1e-2, rounding=rounding)
+    settings = {"lr": 1e-2, "rounding": rounding, **settings}
+    engine = made(kind, net(0).to(DTYPES[dtype]), method, **settings)
     engine.optimizer.param_groups[0]["lr"] = 0.0
     world, rank = collectives.world_size(), collectives.rank()
     before = engine.gathered_state_dict()
@@ -201,26 +217,25 @@ def a_bad_loss_on_one_rank(kind: str, bad_rank: int) -> list[str]:
     return problems
 
 
-def what_a_rank_keeps(kind: str, dtype: str) -> list[str]:
-    """Its share of the weights, and of the fp32 copy where there is one, and no more."""
+def what_a_rank_keeps(kind: str, dtype: str, method: str = "MeZO", **settings: Any) -> list[str]:
+    """Its share of the weights, of the fp32 copy where there is one and of the method's state, and no more."""
     world = collectives.world_size()
     model = net(0).to(DTYPES[dtype])
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     rows = {n: p.shape[0] for n, p in model.named_parameters()}
-    engine = made(kind, model, lr=1e-2)
+    engine = made(kind, model, method, **{"lr": 1e-2, **settings})
+    own = engine._forward.forward_method
     pieces = {piece.name: piece.base.numel() for piece in engine._weights.pieces}
     copies = isinstance(engine._weights, MasterWeights)
-    if (
-        copies == (kind == "fsdp2" and dtype == "fp32")
-        or isinstance(engine._weights, GatheredWeights) == copies
-    ):
+    gathered = kind == "fsdp2" and dtype == "fp32" and not own.shows_state
+    if copies == gathered or isinstance(engine._weights, GatheredWeights) == copies:
         return [type(engine._weights).__name__]
     problems = []
     for name, size in sizes.items():
         most = -(-rows[name] // world) * (size // rows[name]) if kind == "fsdp2" else -(-size // world)
         if pieces[name] > most:
             problems.append(f"{name}: {pieces[name]} of {size}")
-    kept = 4 * sum(pieces.values()) if copies else 0
+    kept = 4 * sum(pieces.values()) * (copies + len(own.states))
     if engine.state_bytes() != kept:
         problems.append(f"state of {engine.state_bytes()} bytes, not {kept}")
     engine.close()
@@ -245,21 +260,60 @@ def ranks_that_have_gone_apart(bad_rank: int) -> list[str]:
     return [*problems, "nothing is noticed"]
 
 
-def a_checkpoint_goes_on(kind: str, into: str, dtype: str, folder: str) -> list[str]:
-    """Another engine takes over what one wrote, exactly."""
+def a_checkpoint_goes_on(
+    kind: str, into: str, dtype: str, folder: str, method: str = "MeZO", **settings: Any
+) -> list[str]:
+    """Another engine takes over what one wrote: exactly with MeZO and signs, else to rounding."""
     world, rank = collectives.world_size(), collectives.rank()
-    settings = {"lr": 1e-2, "noise": "rademacher"}
-    straight = made(kind, net(0).to(DTYPES[dtype]), **settings)
+    settings = {"lr": 1e-2, "noise": "rademacher" if method == "MeZO" else "gaussian", **settings}
+    straight, tag = (
+        made(kind, net(0).to(DTYPES[dtype]), method, **settings),
+        f"{kind}-{into}-{dtype}-{method}",
+    )
     run(straight, world, rank, 3)
-    straight.save_checkpoint(folder, f"{kind}-{into}-{dtype}", {"at": 3})
+    straight.save_checkpoint(folder, tag, {"at": 3})
     theirs, wanted = run(straight, world, rank, 3, 3)
     straight.close()
-    other = made(into, net(1).to(DTYPES[dtype]), **settings)
-    other.load_checkpoint(folder, f"{kind}-{into}-{dtype}")
+    other = made(into, net(1).to(DTYPES[dtype]), method, **settings)
+    other.load_checkpoint(folder, tag)
     mine, found = run(other, world, rank, 3, 3)
     other.close()
-    problems = [] if mine == theirs else [f"{mine} {theirs}"]
-    return problems + [n for n in found if not torch.equal(found[n], wanted.get(n, found[n]))]
+    if rank == 0 and found.keys() != wanted.keys():
+        return [f"weights of other names: {sorted(found.keys() ^ wanted.keys())}"]
+    if method == "MeZO":
+        problems = [] if mine == theirs else [f"{mine} {theirs}"]
+        return problems + [n for n, value in found.items() if not torch.equal(value, wanted.get(n, value))]
+    problems = [f"{a} {b}" for a, b in zip(mine, theirs, strict=True) if not abs(a - b) <= 1e-6 * abs(b)]
+    return problems + [n for n, v in found.items() if not (v - wanted.get(n, v)).abs().max() <= 1e-6]
+
+
+def a_checkpoint_on_other_ranks(kind: str, folder: str, method: str, **settings: Any) -> list[str]:
+    """What all ranks wrote goes on in one process, moments included."""
+    world, rank = collectives.world_size(), collectives.rank()
+    tag = f"{kind}-alone-{method}"
+    straight = made(kind, net(0), method, **settings)
+    run(straight, world, rank, 3)
+    straight.save_checkpoint(folder, tag, {"at": 3})
+    theirs, wanted = run(straight, world, rank, 3, 3)
+    straight.close()
+    if rank:
+        return []  # in a process of its own there is no other rank than 0
+    with alone():
+        other = made("replica", net(1), method, **settings)
+        other.load_checkpoint(folder, tag)
+        mine, found = run(other, 1, 0, 3, 3)
+    other.close()
+    problems = [f"{a} {b}" for a, b in zip(mine, theirs, strict=True) if not abs(a - b) <= 1e-6 * abs(b)]
+    return problems + [n for n, v in wanted.items() if not (v - found[n]).abs().max() <= 1e-6]
+
+
+def directions_of_its_own_on_slices(kind: str) -> list[str]:
+    """Refused where ranks write the slices that others compute with, whatever the recipe says of the precision."""
+    try:
+        made(kind, net(0).to(torch.bfloat16), lr=1e-2, spread=True, directions=8)
+    except RecipeError as error:
+        return [] if "slices that all compute with" in str(error) else [str(error)]
+    return ["no error"]
 
 
 def sums_of_uneven_shares(rank: int) -> list[str]:
@@ -389,6 +443,16 @@ def main() -> None:
             report(out, texts_under_perturbed_weights, (kind, dtype))
     for kind, into in (("replica", "fsdp2"), ("fsdp2", "zero3"), ("zero3", "replica"), ("zero3", "zero3")):
         report(out, a_checkpoint_goes_on, (kind, into, "bf16", str(out.parent)))
+    for method, settings in METHODS.items():
+        for kind in ("fsdp2", "zero3"):
+            report(out, what_a_rank_keeps, (kind, "fp32", method), **settings)
+            report(out, a_checkpoint_on_other_ranks, (kind, str(out.parent), method), **settings)
+            # A curvature that is followed fast takes in rounding, until perturbations are below it.
+            slow = settings | ({"smooth": 1e-6} if method == "HiZOO" else {})
+            report(out, steps_of_no_length, (kind, "bf16", 5, "nearest", method), **slow)
+        report(out, a_checkpoint_goes_on, ("fsdp2", "zero3", "fp32", str(out.parent), method), **settings)
+    for kind in ("fsdp2", "zero3"):
+        report(out, directions_of_its_own_on_slices, (kind,))
     for rank in (0, 1):
         report(out, sums_of_uneven_shares, (rank,))
         report(out, sums_of_another_number, (rank,))

@@ -129,6 +129,18 @@ def test_embeddings_and_heads_are_perturbed_in_parts() -> None:
         torch.testing.assert_close(found, engine.module(ids))
 
 
+def test_dropout_that_cannot_be_switched_off_is_told() -> None:
+    class Noisy(Net):
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(ids), 0.5, training=True)
+
+    torch.manual_seed(0)
+    net = Noisy()
+    engine = ForwardEngine(net, make_forward_optimizer(net, "MeZO", Config(lr=1e-2)), CPU, 1, 4)
+    with pytest.raises(RunError, match=r"(?s)something random is on in evaluation mode.*switch off dropout"):
+        engine.step(closure(engine, 0))
+
+
 def test_what_no_pass_goes_through_is_told_and_left_alone() -> None:
     class Odd(Net):
         """A layer that nothing uses, and one whose weight another module multiplies with by itself."""

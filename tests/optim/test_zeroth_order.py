@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsso.errors import RunError
 from dsso.optim import _spsa, available, is_forward, resolve
 from dsso.optim._probes import Piece, Probe
 from dsso.parallel import noise
+from dsso.seedlog import Start
 from tests.optim.forward import bits, closure, kept, made
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -237,6 +240,50 @@ def test_a_checkpoint_goes_on_exactly(
     for mine, theirs in ((bits(resumed), bits(straight)), (kept(resumed), kept(straight))):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+
+
+@each
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [(torch.float32, "nearest"), (torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic")],
+)
+def test_a_log_makes_the_same_weights_and_state(
+    kind: str, settings: dict[str, Any], dtype: torch.dtype, rounding: str
+) -> None:
+    """From what JSON keeps of the parameters and of the steps, in an engine that was made with other parameters."""
+    other = made(dtype, kind, **settings, rounding=rounding)
+    settings = {**settings, "lr": 1e-3, "directions": 2, "rounding": rounding}
+    straight = made(dtype, kind, **settings)
+    params = resolve(kind).Config(**settings).model_dump(mode="json")
+    lines = []
+    for step in range(5):
+        straight.step(closure(straight, step))
+        lines.append(json.dumps(straight.record))
+    start = Start(0, kind, json.loads(json.dumps(params)), {}, (), "", straight.dtype)
+    other.replay((start, json.loads(line)) for line in lines)
+    for mine, theirs in ((bits(other), bits(straight)), (kept(other), kept(straight))):
+        assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+
+
+def test_parameters_of_a_log_that_a_method_does_not_know() -> None:
+    engine = made(torch.float32, "MeZO")
+    start = Start(0, "mezo", {"lr": 1.0, "new": 3}, {}, (), "", "float32")
+    with pytest.raises(RunError, match="parameters of the log are not those of this method"):
+        engine.replay([(start, {"step": 1, "lr": 0.1, "measures": [[0.5]]})])
+
+
+@each
+def test_absurd_slopes_are_skipped_and_large_ones_cut(kind: str, settings: dict[str, Any]) -> None:
+    engine = made(torch.float32, kind, **settings, lr=1e-3, skip_slope=1e4, max_slope=1.0)
+    engine.step(closure(engine, 0))
+    before = bits(engine)
+    plain = closure(engine, 1)
+    engine.step(lambda: plain() * torch.tensor([1e7, 1.0]))
+    assert engine.health()["skipped_steps"] == 1
+    assert all(torch.equal(value, before[name]) for name, value in bits(engine).items())
+    engine.step(lambda: plain() * torch.tensor([10.0, 1.0]))
+    assert engine.health()["skipped_steps"] == 1
+    assert engine.health()["slope"] <= 1.0
 
 
 @each
