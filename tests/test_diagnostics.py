@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dsso import diagnostics
-from dsso.diagnostics import MetricsLog, NoopWatch, SkipGuard, jsonable, method_table
+from dsso.diagnostics import FlatWatch, MetricsLog, NoopWatch, SkipGuard, jsonable, method_table
 from dsso.errors import RunError
 
 
@@ -170,6 +170,27 @@ def test_a_run_that_only_skips_ends_and_says_which() -> None:
     assert "dsso.train.max_consecutive_skips" in message
     with pytest.raises(RunError, match="the losses were finite, the gradients were not"):
         SkipGuard(3).check(20, {"skipped_steps": 5.0, "consecutive_skips": 3.0}, [0, 0])
+
+
+def test_a_skipped_step_of_a_method_without_gradients_is_told_as_such() -> None:
+    health = {"skipped_steps": 1.0, "consecutive_skips": 1.0, "slope": 3e9}
+    told = SkipGuard(3).check(10, health, [0, 0])
+    assert told is not None and "a slope not finite or too large" in told
+    with pytest.raises(RunError, match=r"the slopes were not .or above optimizer.params.skip_slope"):
+        SkipGuard(1).check(1, health, [0, 0])
+
+
+def test_a_run_that_stands_still_is_told_once() -> None:
+    watch = FlatWatch(3)
+    flat, moved = [[0.0], [0.0]], [[0.0], [0.1]]
+    assert [watch.update(step, flat) for step in (1, 2)] == [None, None]
+    told = watch.update(3, flat)
+    assert told is not None and "all slopes of the last 3 steps were zero" in told
+    assert "dsso.train.noop_window" in told
+    assert watch.update(4, flat) is None
+    assert watch.update(5, moved) is None
+    assert watch.update(6, []) is None  # a skipped step is no flat one
+    assert [watch.update(step, flat) is None for step in (7, 8, 9)] == [True, True, False]
 
 
 def test_steps_that_the_engine_itself_drops_count() -> None:

@@ -24,7 +24,7 @@ from dsso.engines.shown import MasterWeights, meeting, trained, weights_of
 from dsso.errors import RecipeError, RunError
 from dsso.optim import resolve
 from dsso.optim._probes import ForwardOptimizer
-from dsso.parallel import collectives
+from dsso.parallel import collectives, noise
 from dsso.parallel.averaging import same_everywhere
 from dsso.seedlog import Start
 
@@ -73,6 +73,7 @@ class ForwardEngine(EngineBase):
         self._stage = stage
         self._forward: ForwardOptimizer = optimizer
         sizes = {name: parameter.numel() for name, parameter in trained(module).items()}
+        noise.agree(device)
         self._weights: Any = self._hold(module)
         self._check_spread(sizes)
         optimizer.attach(self._weights, sizes)

@@ -25,6 +25,23 @@ MOST_THREADS = 2
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
+_ALLOWED = [True]
+
+
+def works() -> bool:
+    """Whether the kernel can be built and used here."""
+    return _kernel() is not None
+
+
+def allow(everywhere: bool) -> None:
+    """Use the kernel, or leave all solves to torch: ranks that work on one layer must not differ in rounding.
+
+    Args:
+        everywhere: all ranks can use it.
+    """
+    _ALLOWED[0] = everywhere
+
+
 def solve(lower_DD: Tensor, v_DR: Tensor) -> Tensor | None:
     """(L L^T)^-1 V; None where there is no kernel for it.
 
@@ -39,7 +56,7 @@ def solve(lower_DD: Tensor, v_DR: Tensor) -> Tensor | None:
     known = lower_DD.dtype in _TYPES and v_DR.dtype == torch.float32 and 0 < columns <= MOST_COLUMNS
     if not known or lower_DD.device.type != "cpu" or not lower_DD.is_contiguous():
         return None
-    if torch.get_num_threads() > MOST_THREADS:
+    if torch.get_num_threads() > MOST_THREADS or not _ALLOWED[0]:
         return None
     kernel = _kernel()
     if kernel is None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from dsso.curvature.hooks import Capture
 from dsso.curvature.layers import split_parameters
 from dsso.errors import RecipeError, RunError
+from dsso.linalg import solve_cpu
 from dsso.optim._factor import Factor
 from dsso.optim._forms import in_form
 from dsso.optim._kfac_config import BaseConfig, Config
@@ -38,6 +39,7 @@ from dsso.optim._refresh import Refresh, Stagger
 from dsso.optim._rules import Rule
 from dsso.optim._statistics import Statistics
 from dsso.optim.base import GradientMethod
+from dsso.parallel import collectives
 from dsso.parallel.placement import Placement, assign
 from dsso.schedule import value
 
@@ -92,6 +94,8 @@ class Method(GradientMethod):
         dtype = torch.float64 if doubles else torch.float32
         self._like = torch.zeros((), dtype=dtype, device=device)
         storage = torch.bfloat16 if config.storage == "bfloat16" else dtype
+        if device.type == "cpu":
+            solve_cpu.allow(all(collectives.gather_objects(solve_cpu.works())))
         self._inverses = config.keeps_inverses(device.type != "cpu")
         self.factors = {
             f.key: Factor(f, self._like, storage, config.low_rank_energy, self._inverses)

@@ -25,13 +25,14 @@ Gaussian
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dsso.parallel import noise_cpu, noise_triton
+from dsso.parallel import collectives, noise_cpu, noise_triton
 
 Kind = Literal["rademacher", "gaussian"]
 
@@ -45,6 +46,8 @@ _WORD = 0xFFFFFFFF
 _ROUNDS = 10
 _CHUNK = 1 << 20
 """Elements that the plain form makes at a time, a multiple of every block."""
+_FUSED = [True]
+"""Kernels may be used: set by `agree`, in a list so that all modules see it."""
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -160,6 +163,31 @@ def sample(direction: Direction, start: int, count: int, device: torch.device | 
 
 
 @torch.no_grad()
+def fused_allowed() -> bool:
+    """Whether kernels may be used, see `agree`."""
+    return _FUSED[0]
+
+
+def agree(device: torch.device) -> None:
+    """Have all ranks make directions in the same way: by a kernel only where each of them has one; collective.
+
+    The forms give the same stream up to the rounding of log, sin and cos, which replicas must not differ in.
+
+    Args:
+        device: where the weights are.
+    """
+    mine = noise_triton.works(device) if device.type == "cuda" else noise_cpu.works()
+    every = collectives.gather_objects(mine)
+    _FUSED[0] = all(every)
+    if any(every) and not all(every) and collectives.rank() == 0:
+        lacking = ", ".join(str(index) for index, works in enumerate(every) if not works)
+        warnings.warn(
+            f"random directions are made by torch's own operations on all ranks, which is slower: rank(s) {lacking}"
+            " cannot build or use the kernel for them",
+            stacklevel=3,
+        )
+
+
 def add(out: Tensor, base: Tensor, direction: Direction, start: int, scale: float) -> None:
     """Set `out` to base + scale z, computed in fp32 and rounded once to the type of `out`.
 
@@ -180,7 +208,7 @@ def add(out: Tensor, base: Tensor, direction: Direction, start: int, scale: floa
     if not out.numel():
         return
     fused = noise_triton if out.is_cuda else noise_cpu
-    if fused.add(out, base, direction.words, direction.kind, start, scale):
+    if fused_allowed() and fused.add(out, base, direction.words, direction.kind, start, scale):
         return
     into, of = out.view(-1), base.view(-1)
     for at in range(0, out.numel(), _CHUNK):

@@ -63,6 +63,11 @@ def add(
     return status == 0
 
 
+def works() -> bool:
+    """Whether the kernel can be built and used here."""
+    return _library() is not None
+
+
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
     library = compiled.library(SOURCE)

@@ -81,7 +81,7 @@ def _set(
         return
     stream = MAX_STREAM + direction.stream
     fused = noise_triton if out.is_cuda else noise_cpu
-    if fused.add(out, base, direction.words, kind, start, scale, stream):
+    if noise.fused_allowed() and fused.add(out, base, direction.words, kind, start, scale, stream):
         return
     into, of = out.view(-1), base.view(-1)
     for at in range(0, out.numel(), _CHUNK):

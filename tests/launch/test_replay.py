@@ -147,6 +147,77 @@ def test_logs_that_cannot_be_used(
     assert not (out / "weights_00000008.safetensors").exists()
 
 
+def test_rounding_is_that_of_the_log(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, recipe = tmp_path / "run", ROOT / "configs" / "zo_adamu_tiny_roberta_full_bf16_single.json"
+    length = ["--set", "dsso.train.max_steps=4", *NEVER]
+    assert train(monkeypatch, "--ds_config", recipe, "--output_dir", out, *length) == 0
+    shutil.rmtree(out / "checkpoints")
+    other = ["--set", "optimizer.params.rounding=stochastic", "--resume", "auto", *NEVER]
+    assert train(monkeypatch, "--ds_config", recipe, "--output_dir", out, *other) == 1
+    assert "another rounding of 16-bit weights" in capsys.readouterr().err
+    # A replay takes what the log says, whatever the run was gone on with.
+    config = json.loads((out / "config.json").read_text())
+    config["resolved"]["optimizer"]["params"]["rounding"] = "stochastic"
+    (out / "config.json").write_text(json.dumps(config))
+    assert replay.main([str(out), "--to", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "zo_adam_tiny_roberta_full_single",
+        "zo_adamm_tiny_t5_lora_ddp",
+        "zo_adamu_tiny_roberta_full_bf16_single",
+        "hizoo_tiny_t5_lora_ddp",
+    ],
+)
+def test_methods_with_state_go_on_from_a_log(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--ds_config", ROOT / "configs" / f"{recipe}.json", *NEVER]
+    assert train(monkeypatch, *given, "--output_dir", tmp_path / "whole") == 0
+    out = unfinished(tmp_path / "whole", tmp_path / "run", 5)
+    assert train(monkeypatch, *given, "--output_dir", out, "--resume", "auto") == 0
+    mine, theirs = weights(out), weights(tmp_path / "whole")
+    assert theirs
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+    assert seedlog.read(out / seedlog.FILE).records == seedlog.read(tmp_path / "whole" / seedlog.FILE).records
+
+
+def test_a_run_killed_after_its_last_step_is_finished(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its evaluation, its checkpoint and its summary are there, and no evaluation is written twice."""
+    out = unfinished(straight, tmp_path / "run", 8)
+    kept = [json.dumps(line) for line in lines(straight) if line["step"] <= 4]
+    (out / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    seldom = ["--set", "dsso.train.eval_interval=3", *NEVER]
+    assert train(monkeypatch, "--ds_config", RECIPE, "--output_dir", out, "--resume", "auto", *seldom) == 0
+    told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line["step"] for line in told if line.get("eval", {}).get("split") == "validation"]
+    assert evaluated == [3, 6, 8]
+    assert (out / "checkpoints" / "step_00000008").is_dir()
+    assert weights(out)
+    assert json.loads((out / "summary.json").read_text())["steps"] == 8
+
+
+def test_a_log_that_goes_further_than_a_checkpoint_is_not_cut_unasked(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, often = tmp_path / "run", ["--set", "dsso.train.save_interval=4"]
+    assert train(monkeypatch, "--ds_config", RECIPE, "--output_dir", out, *often) == 0
+    shutil.rmtree(out / "checkpoints" / "step_00000008")
+    early = out / "checkpoints" / "step_00000004"
+    before = (out / seedlog.FILE).read_bytes()
+    assert train(monkeypatch, "--ds_config", RECIPE, "--output_dir", out, "--resume", early) == 2
+    assert "the seed log goes on to step 8 and would be removed" in capsys.readouterr().err
+    assert (out / seedlog.FILE).read_bytes() == before
+    again = ["--resume", early, "--overwrite", *often]
+    assert train(monkeypatch, "--ds_config", RECIPE, "--output_dir", out, *again) == 0
+
+
 def test_no_log_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert replay.main([str(tmp_path), "--to", "1"]) == 1
     assert "there is no seed log" in capsys.readouterr().err
@@ -162,24 +233,34 @@ def test_kills_at_any_moment(straight: Path, tmp_path: Path) -> None:
         "--resume",
         "auto",
         "--set",
+        "dsso.train.log_interval=1",
+        "--set",
         "dsso.train.max_steps=400",
         "--set",
         "dsso.train.eval_interval=400",
     ]
     reached = 0
-    for _ in range(20):
+    for turn in range(24):
         process = subprocess.Popen(
             [str(w) for w in words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         log = out / seedlog.FILE
         limit = time.monotonic() + 120
-        while time.monotonic() < limit and not (log.exists() and seedlog.read(log).last > reached):
-            time.sleep(0.02)
-        time.sleep(rng.random() * 0.5)
+        if turn % 6 == 5:
+            time.sleep(rng.random() * 8)  # anywhere: while it starts, or takes steps again
+        else:
+            while time.monotonic() < limit and not (log.exists() and seedlog.read(log).last > reached):
+                time.sleep(0.02)
+            time.sleep(rng.random() * 0.5)
         process.send_signal(signal.SIGKILL)
         process.wait()
         last = seedlog.read(log).last
-        assert last > reached
+        assert last >= reached + (turn % 6 != 5)
+        # A step is in the log before anything else is told of it, so none of those that were taken is lost.
+        told = [
+            line for line in (out / "metrics.jsonl").read_bytes().splitlines(True) if line.endswith(b"\n")
+        ]
+        assert all(json.loads(line)["step"] <= last for line in told)
         reached = last
         if reached >= 400:
             break

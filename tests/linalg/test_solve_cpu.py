@@ -54,6 +54,14 @@ def test_rounding_does_not_grow_with_the_side() -> None:
     assert errors[1] < 3 * errors[0], errors
 
 
+def test_it_can_be_left_to_torch_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve_cpu, "_ALLOWED", [True])
+    square_DD, v_DR = _problem(40, 8)
+    assert solve_cpu.solve(square_DD, v_DR) is not None
+    solve_cpu.allow(False)
+    assert solve_cpu.solve(square_DD, v_DR) is None
+
+
 def test_the_right_hand_side_stays() -> None:
     square_DD, v_DR = _problem(40, 8)
     before = v_DR.clone()

@@ -35,6 +35,26 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
+def test_a_kernel_is_used_by_all_ranks_or_by_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    if noise_cpu._library() is None:
+        pytest.skip("no compiler is here")
+    monkeypatch.setattr(noise, "_FUSED", [True])
+    monkeypatch.setattr(noise.collectives, "gather_objects", lambda mine: [mine, False])
+    used = []
+    monkeypatch.setattr(noise_cpu, "add", lambda *_: used.append(1) or True)
+    direction, w = Direction(1, "w"), torch.zeros(8)
+    noise.add(w, w, direction, 0, 1.0)
+    assert used == [1]
+    with pytest.warns(UserWarning, match=r"rank\(s\) 1 cannot build or use the kernel"):
+        noise.agree(torch.device("cpu"))
+    noise.add(w, w, direction, 0, 1.0)
+    assert used == [1]
+    assert w.any()
+    monkeypatch.setattr(noise.collectives, "gather_objects", lambda mine: [mine, True])
+    noise.agree(torch.device("cpu"))
+    assert noise.fused_allowed()
+
+
 @pytest.mark.parametrize(("counter", "key", "wanted"), KNOWN)
 def test_known_answers(counter: list[int], key: list[int], wanted: list[int]) -> None:
     words = noise.philox(tuple(torch.tensor([c]) for c in counter), (key[0], key[1]))

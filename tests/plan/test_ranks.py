@@ -10,7 +10,7 @@ import torch
 from dsso import tasks
 from dsso.optim.kfac import Config, Method
 from dsso.parallel.fragments import FragmentExchange, Span, SpanTable
-from dsso.plan import resolve
+from dsso.plan import resolve, text
 from dsso.plan.factors import KfacPlan
 from dsso.plan.layout import layout
 from dsso.plan.model import Survey, survey
@@ -93,6 +93,21 @@ def test_what_a_step_sends_on_average(kind: str) -> None:
     assert wire.statistics > 0
     assert wire.per_step == int(wire.gradients + wire.weights + wire.exchange + seldom / 2)
     assert wire.losses == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_offloaded_weights_are_not_counted_on_the_device(world_size: int) -> None:
+    raw = forward("MeZO", recipe("zero-3", "bf16"))
+    here = planned(raw, world_size)
+    raw["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    there = planned(raw, world_size)
+    for rank, off in zip(here.ranks, there.ranks, strict=True):
+        assert off.host + off.weights == rank.weights + rank.masters + rank.moments
+        assert (off.masters, off.moments, rank.host) == (0, 0, 0)
+        assert off.peak == off.weights + off.buckets
+        assert off.buckets > 0
+    assert "on the host" in text(there)
+    assert "on the host" not in text(here)
 
 
 def test_what_a_step_from_forward_passes_sends() -> None:
