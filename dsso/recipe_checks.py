@@ -52,7 +52,7 @@ _KINDS: dict[Kind, tuple[type, ...]] = {
 _NAMES_ANYWHERE = {"data_types.keep_in_fp32_modules", "pipeline.stages"}
 """Paths where DeepSpeed itself knows what `"auto"` means."""
 
-_OF_METHODS = {"optimizer.params.share_inputs", "optimizer.params.apply"}
+_OF_METHODS = {f"optimizer.params.{name}" for name in ("share_inputs", "apply", "sides")}
 """Paths where `"auto"` is a choice of the method's own."""
 
 _FILLED = {

@@ -20,6 +20,7 @@ SMALL = ("tiny", "minilm")
 
 TITLES = {
     "KFAC": "K-FAC",
+    "SHAMPOO": "Shampoo",
     "MEZO": "MeZO",
     "ZO_ADAM": "MeZO-Adam",
     "ZO_ADAMM": "ZO-AdaMM",

@@ -65,7 +65,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
         {"optimizer": ...},
         [
             "optimizer: is required and missing",
-            "HIZOO, KFAC, MEZO, ZO_ADAM, ZO_ADAMM, ZO_ADAMU, AdamW, Adam, SGD",
+            "HIZOO, KFAC, MEZO, SHAMPOO, ZO_ADAM, ZO_ADAMM, ZO_ADAMU, AdamW, Adam, SGD",
             "remedy: add",
         ],
     ),
@@ -74,7 +74,7 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
         [
             "optimizer.type: unknown optimizer",
             "nearest: 'KFAC'",
-            "allowed: HIZOO, KFAC, MEZO, ZO_ADAM, ZO_ADAMM, ZO_ADAMU, AdamW",
+            "allowed: HIZOO, KFAC, MEZO, SHAMPOO, ZO_ADAM, ZO_ADAMM, ZO_ADAMU, AdamW",
             "write 'KFAC'",
         ],
     ),

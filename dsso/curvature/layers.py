@@ -106,7 +106,7 @@ def split_parameters(model: nn.Module, exclude: Sequence[str] = (), max_side: in
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             users[id(parameter)] = users.get(id(parameter), 0) + 1
-    head = _output_head(model)
+    head = output_head(model)
     encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     patterns = [re.compile(pattern) for pattern in exclude]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -161,7 +161,7 @@ def split_parameters(model: nn.Module, exclude: Sequence[str] = (), max_side: in
     return Split(tuple(layers), rest)
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     """The projection to the vocabulary, where the model has one."""
     getter = getattr(model, "get_output_embeddings", None)
     if getter is None:

@@ -6,46 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dsso.clip import ClipMode
-from dsso.config import StrictModel
 from dsso.curvature.hooks import Approximation
 from dsso.linalg.kron import DampingMode
+from dsso.optim._gradient_config import GradientConfig
 from dsso.parallel.placement import Strategy
 from dsso.schedule import Interval, ScalarSchedule, bounded
 
 RARE = 10
 """Interval from which on `apply = "auto"` holds refreshes for rare."""
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class BaseConfig(StrictModel):
-    """The base method, for parameters that K-FAC does not take."""
-
-    type: Literal["SGD", "AdamW"] = "AdamW"
-    """Rule for the remaining parameters."""
-    lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the remaining parameters; null: that of K-FAC. Both follow one schedule."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """SGD: m <- momentum m + u."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW: decay of the first and second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW: added to the root of the second moment."""
-    weight_decay: float | None = Field(default=None, ge=0)
-    """Decoupled weight decay of matrices among the remaining parameters; null: that of K-FAC."""
-    applies_to: Literal["rest", "all"] = "rest"
-    """`all`: the preconditioned gradients pass through this rule as well, instead of SGD with momentum."""
-
-
-class Config(StrictModel):
+class Config(GradientConfig):
     """Parameters of K-FAC (`optimizer.params`)."""
 
-    lr: float = Field(default=0.05, gt=0)
-    """Learning rate of a Newton step; a scheduler section of the recipe multiplies it."""
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    """m <- momentum m + u on preconditioned, clipped gradients."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled: weights (not biases, not norms) shrink by lr * weight_decay a step."""
     damping: Annotated[ScalarSchedule, bounded(gt=0)] = 0.1
     """`relative`: lambda over the product of the factors' mean eigenvalues; `absolute`: lambda itself. A schedule."""
     damping_mode: DampingMode = "relative"
@@ -62,12 +35,6 @@ class Config(StrictModel):
     """Labels behind G: the data's, drawn from the model (one more pass), or none (G = I)."""
     approximation: Approximation = "expand"
     """Weight sharing over tokens: each token an example, or mean of inputs and sum of gradients."""
-    clip: ClipMode = "post"
-    """What `tau` bounds: nothing, the gradient norm (`pre`) or the Newton-step norm (`post`)."""
-    tau: Annotated[ScalarSchedule, bounded(gt=0)] = 1.0
-    """Largest norm over all trainable parameters and ranks, before the learning rate. A schedule."""
-    kl_clip: float | None = Field(default=None, gt=0)
-    """Bound on lr^2 <u, g>, on top of the clip; null: none."""
     share_inputs: Literal["auto", "assume", "off"] = "auto"
     """One A for layers that read the same tensor: found by trying, also through dropout, or never."""
     token_stride: int = Field(default=1, ge=1)
@@ -102,10 +69,6 @@ class Config(StrictModel):
     """Send a factor's statistics as soon as the backward pass is through with it."""
     accumulate: Literal["rank", "owner"] = "rank"
     """Sums of a window of several micro-batches: on every rank up to the last pass, or sent to owners after each."""
-    exclude: list[str] = Field(default_factory=list)
-    """Regular expressions on module paths: these layers go to the base method."""
-    base: BaseConfig = BaseConfig()
-    """The base method."""
 
     @model_validator(mode="after")
     def _energy_of_something(self) -> Config:

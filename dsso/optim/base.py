@@ -14,7 +14,34 @@ from typing import Any
 
 from torch import Tensor
 
+from dsso.errors import RunError
 from dsso.optim._rules import Rule
+
+
+def take_over(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], remedy: str) -> None:
+    """Copy a checkpoint's tensors into those of the same names.
+
+    Args:
+        own: this rank's, overwritten.
+        tensors: of the checkpoint; others are ignored.
+        remedy: what to look at where one does not fit.
+
+    Raises:
+        RunError: when one is missing or has another shape.
+    """
+    for name, mine in own.items():
+        if name not in tensors:
+            raise RunError("the checkpoint lacks state of the method", where=name, remedy=remedy)
+        found = tensors[name]
+        if found.shape != mine.shape:
+            raise RunError(
+                "the checkpoint's state has another shape",
+                where=name,
+                got=tuple(found.shape),
+                allowed=str(tuple(mine.shape)),
+                remedy=remedy,
+            )
+        mine.copy_(found)
 
 
 class GradientMethod(ABC):

@@ -28,17 +28,18 @@ from torch import Tensor, nn
 
 from dsso.curvature.hooks import Capture
 from dsso.curvature.layers import split_parameters
-from dsso.errors import RecipeError, RunError
+from dsso.errors import RecipeError
 from dsso.linalg import solve_cpu
 from dsso.optim._factor import Factor
 from dsso.optim._forms import in_form
-from dsso.optim._kfac_config import BaseConfig, Config
+from dsso.optim._gradient_config import BaseConfig
+from dsso.optim._kfac_config import Config
 from dsso.optim._kfac_layout import layer_dims
 from dsso.optim._layer import LayerPair, precondition
 from dsso.optim._refresh import Refresh, Stagger
 from dsso.optim._rules import Rule
 from dsso.optim._statistics import Statistics
-from dsso.optim.base import GradientMethod
+from dsso.optim.base import GradientMethod, take_over
 from dsso.parallel import collectives
 from dsso.parallel.placement import Placement, assign
 from dsso.schedule import value
@@ -143,24 +144,7 @@ class Method(GradientMethod):
 
     def rules(self) -> dict[str, Rule]:
         """SGD with momentum for the layers, the base method for the rest; biases and norms are not decayed."""
-        config, base = self.config, self.config.base
-        ratio = 1.0 if base.lr is None else base.lr / config.lr
-        decay = config.weight_decay if base.weight_decay is None else base.weight_decay
-
-        def base_rule(name: str, lr_ratio: float, weight_decay: float) -> Rule:
-            decayed = weight_decay if name in self._matrices else 0.0
-            if base.type == "SGD":
-                return Rule("sgd", lr_ratio, decayed, base.momentum)
-            return Rule("adamw", lr_ratio, decayed, betas=(base.betas[0], base.betas[1]), eps=base.eps)
-
-        rules = {name: base_rule(name, ratio, decay) for name in self.rest}
-        for name in self.owners:
-            if base.applies_to == "all":
-                rules[name] = base_rule(name, 1.0, config.weight_decay)
-            else:
-                decayed = config.weight_decay if name in self._matrices else 0.0
-                rules[name] = Rule("sgd", 1.0, decayed, config.momentum)
-        return rules
+        return self.config.rules(self.owners, self.rest, self._matrices)
 
     # -- a window -----------------------------------------------------------------------------------------------
 
@@ -270,22 +254,11 @@ class Method(GradientMethod):
         """Take over the state of the factors that this rank keeps; ages come with `load_counters`."""
         tensors = in_form(tensors, self._inverses)
         for factor in self.factors.values():
-            for key, mine in factor.state().items():
-                if key not in tensors:
-                    raise RunError(
-                        "the checkpoint lacks state of K-FAC",
-                        where=key,
-                        remedy="was it written with another model, low_rank, block_side or share_inputs?",
-                    )
-                found = tensors[key]
-                if found.shape != mine.shape:
-                    raise RunError(
-                        "the checkpoint's state has another shape",
-                        where=key,
-                        got=tuple(found.shape),
-                        allowed=str(tuple(mine.shape)),
-                    )
-                mine.copy_(found)
+            take_over(
+                factor.state(),
+                tensors,
+                "was it written with another model, low_rank, block_side or share_inputs?",
+            )
         self._loaded = tensors
 
     def counters(self) -> dict[str, Any]:

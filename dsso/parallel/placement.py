@@ -207,10 +207,7 @@ def assign(
     strategy: Strategy = "memory_optimal",
     fraction: float = 0.5,
 ) -> Placement:
-    """Longest processing time first, within the memory of an even share.
-
-    The dearest unit goes to the rank with the least refresh work among those that stay within an even share of the
-    bytes plus one unit. Ties are broken by the memory held, then by the rank, so the plan is the same on every rank.
+    """Owners by refresh cost, see `owners_by_cost`, and the appliers that the strategy wants.
 
     Args:
         layers: in model order.
@@ -220,8 +217,6 @@ def assign(
 
     Raises:
         ValueError: for a world size below one, two layers of one name, or one key with two sides.
-
-    Source: Graham 1969, "Bounds on multiprocessing timing anomalies".
     """
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
@@ -236,20 +231,40 @@ def assign(
         strategy, max(1, round(fraction * world_size))
     )
     units = _units(layers, world_size)
-    total = sum(unit.elements for unit in units)
-    budget = total / world_size + max((unit.elements for unit in units), default=0)
-    work, held = [0.0] * world_size, [0] * world_size
-    placed: dict[int, Unit] = {}
-    for index in sorted(range(len(units)), key=lambda i: (-units[i].cost, i)):
-        unit = units[index]
-        open_ = [r for r in range(world_size) if held[r] + unit.elements <= budget]
+    owners = owners_by_cost([unit.cost for unit in units], [unit.elements for unit in units], world_size)
+    placed = [
+        Unit(
+            unit.layers,
+            tuple((owner + step * world_size // appliers) % world_size for step in range(appliers)),
+        )
+        for unit, owner in zip(units, owners, strict=True)
+    ]
+    return Placement(world_size, tuple(layers), tuple(placed))
+
+
+def owners_by_cost(costs: Sequence[float], elements: Sequence[int], world_size: int) -> list[int]:
+    """One rank for each job: longest processing time first, within the memory of an even share.
+
+    The dearest job goes to the rank with the least work among those that stay within an even share of the memory plus
+    one job. Ties are broken by the memory held, then by the rank, so the result is the same on every rank.
+
+    Args:
+        costs: of the jobs.
+        elements: numbers that the owner of each has to keep.
+        world_size: number of ranks.
+
+    Source: Graham 1969, "Bounds on multiprocessing timing anomalies".
+    """
+    budget = sum(elements) / world_size + max(elements, default=0)
+    work, held, owners = [0.0] * world_size, [0] * world_size, [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        open_ = [r for r in range(world_size) if held[r] + elements[index] <= budget]
         # The rank that holds least is always within the budget but for rounding.
         owner = min(open_ or range(world_size), key=lambda r: (work[r], held[r], r))
-        work[owner] += unit.cost
-        held[owner] += unit.elements
-        ranks = tuple((owner + step * world_size // appliers) % world_size for step in range(appliers))
-        placed[index] = Unit(unit.layers, ranks)
-    return Placement(world_size, tuple(layers), tuple(placed[i] for i in range(len(units))))
+        work[owner] += costs[index]
+        held[owner] += elements[index]
+        owners[index] = owner
+    return owners
 
 
 def _units(layers: Sequence[LayerDims], world_size: int) -> list[Unit]:

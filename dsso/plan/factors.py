@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 from dsso.optim._kfac_layout import factor_dims
 from dsso.optim._refresh import Stagger
 from dsso.optim.kfac import Config
 from dsso.parallel.placement import FactorDims, LayerDims, Placement, Strategy, assign
+from dsso.plan.exchange import Exchange, exchanges
 from dsso.plan.model import Survey
+from dsso.plan.report import Window
 from dsso.schedule import Interval
 
 _AHEAD = 4
@@ -18,43 +19,6 @@ _AHEAD = 4
 _NEIGHBOURS = 3
 """Layers whose sums may wait for each other where sums are sent while the backward pass runs: they leave in the order
 of the model, and within a block a model may run them in another."""
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """Whole gradients of one rank's layers, brought to it and back.
-
-    Attributes:
-        sent: bytes to other ranks in a step, gradients and updates.
-        peak: most bytes of its buffers at one time.
-        owned: those of them that stay from the first exchange to the end of the step.
-    """
-
-    sent: int
-    peak: int
-    owned: int
-
-
-@dataclass(frozen=True)
-class Window:
-    """Statistics of one step and what is done with them.
-
-    Attributes:
-        sums: most bytes of sums at one time, on every rank.
-        buffers: bytes on their way: buckets, what has arrived, bases of low-rank forms; of one rank.
-        arrived: bytes of the sums of all ranks where they are averaged; of one rank.
-        refresh: bytes of factorizations being made or waiting to be taken over; of one rank.
-    """
-
-    sums: int = 0
-    buffers: int = 0
-    arrived: int = 0
-    refresh: int = 0
-
-    @property
-    def peak(self) -> int:
-        """Most of it at one time: one comes after the other."""
-        return max(self.sums + self.buffers, self.arrived, self.refresh)
 
 
 class KfacPlan:
@@ -67,6 +31,8 @@ class KfacPlan:
         gas: micro-batches a window.
         strategy: in the place of the configuration's.
     """
+
+    parts = "Kronecker factors"
 
     def __init__(
         self, survey: Survey, config: Config, world_size: int, gas: int, strategy: Strategy | None = None
@@ -90,9 +56,25 @@ class KfacPlan:
         self.placement: Placement = assign(
             dims, world_size, strategy or config.strategy, config.grad_worker_fraction
         )
+        self.strategy = strategy or config.strategy
+        self.owners = {n: self.placement.owner[one.name] for one in survey.layers for n in one.parameters}
         every = self.placement.factors
         self._measured = Stagger({k: f.measure_cost(1024) for k, f in every.items()}, config.stagger)
         self._factorized = Stagger({k: f.refresh_cost for k, f in every.items()}, config.stagger)
+
+    @property
+    def count(self) -> int:
+        """Number of factors."""
+        return len(self.placement.factors)
+
+    @property
+    def often(self) -> tuple[float, float]:
+        """Measurements and factorizations of everything that fall on a step in the long run."""
+        measured, made = (
+            interval.segments[-1][1]
+            for interval in (self.config.factor_interval, self.config.inverse_interval)
+        )
+        return 1.0 / measured if measured else 0.0, 1.0 / made if made else 0.0
 
     # -- memory -------------------------------------------------------------------------------------------------
 
@@ -231,42 +213,11 @@ class KfacPlan:
         return max(sent)
 
     def exchange(self, held: Sequence[Mapping[str, int]]) -> list[Exchange]:
-        """Gradients to the appliers and updates back, for every rank.
-
-        Args:
-            held: of every rank, elements of each trained parameter in its optimizer's buffers.
-        """
-        world = self.world_size
+        """Gradients to the appliers and updates back; see `dsso.plan.exchange.exchanges`."""
         workers = {
             n: self.placement.appliers[layer.name] for layer in self.survey.layers for n in layer.parameters
         }
-        sizes = {w.name: w.numel for w in self.survey.trained}
-        sent, packed, owned, counted = ([0] * world for _ in range(4))
-        answered, mine = [0] * world, [0] * world
-        for name, ranks in workers.items():
-            counted[ranks[0]] += sizes[name]
-            for worker in ranks:
-                owned[worker] += sizes[name]
-                if held[worker].get(name) == sizes[name]:
-                    packed[worker] += sizes[name]
-                    continue
-                for holder in range(world):
-                    packed[holder] += held[holder].get(name, 0)
-                    sent[holder] += held[holder].get(name, 0) * (holder != worker)
-            for holder in range(world):
-                piece = held[holder].get(name, 0)
-                worker = holder if holder in ranks else ranks[holder % len(ranks)]
-                answered[worker] += piece
-                sent[worker] += piece * (holder != worker)
-                mine[holder] += piece
-        out = []
-        for r in range(world):
-            received = 0 if world == 1 else 1
-            gather = packed[r] + (1 + received) * owned[r]
-            norms = 2 * owned[r] + 2 * counted[r]
-            scatter = 2 * owned[r] + answered[r] + received * mine[r]
-            out.append(Exchange(4 * sent[r], 4 * max(gather, norms, scatter), 4 * owned[r]))
-        return out
+        return exchanges(workers, {w.name: w.numel for w in self.survey.trained}, held)
 
     # -- operations ---------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from dsso.curvature.layers import Side, split_parameters
 from dsso.engines.units import blocks
 from dsso.errors import RecipeError
 from dsso.optim._kfac_layout import layer_dims
+from dsso.optim._matrix import take
+from dsso.optim._matrix_config import MatrixConfig
 from dsso.optim.kfac import Config
 
 
@@ -86,6 +88,7 @@ class Survey:
         weights: every parameter once, in model order.
         linears: every linear layer.
         layers: those that K-FAC takes; empty for a baseline.
+        matrices: whole shapes of the parameters that a method on blocks takes; empty for others.
         rest: the other trained parameters, with the reason why the base method takes them.
         buffer_bytes: of the model's buffers.
         encoder_decoder: inputs and targets are read by different layers.
@@ -101,6 +104,7 @@ class Survey:
     encoder_decoder: bool
     checkpointing: bool
     notes: tuple[str, ...] = ()
+    matrices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def trained(self) -> list[Weight]:
@@ -148,12 +152,12 @@ def survey(model: nn.Module, config: Any, example: Mapping[str, Any] | None = No
 
     Args:
         model: the unwrapped model, adapters added.
-        config: `optimizer_config` of the recipe; layers are looked for where it is K-FAC's.
+        config: `optimizer_config` of the recipe; what a method on gradients takes is looked for where it is its own.
         example: keyword arguments of a small forward pass on the model's device; None: made up for a Hugging Face
             model.
 
     Raises:
-        RecipeError: nothing is trained, or nothing that K-FAC could take.
+        RecipeError: nothing is trained, or nothing that the method could take.
     """
     units = {id(p): index for index, block in enumerate(blocks(model)) for p in block.parameters()}
     weights = tuple(
@@ -164,6 +168,10 @@ def survey(model: nn.Module, config: Any, example: Mapping[str, Any] | None = No
         raise RecipeError("no parameter of the model is trainable", where="dsso.peft")
     settings = getattr(model, "config", None)
     layers, rest, notes = _layers(model, config, example) if isinstance(config, Config) else ((), {}, ())
+    matrices: Mapping[str, tuple[int, ...]] = {}
+    if isinstance(config, MatrixConfig):
+        chosen = take(model, config)
+        matrices, rest = chosen.shapes, chosen.rest
     return Survey(
         weights,
         _linears(model),
@@ -173,6 +181,7 @@ def survey(model: nn.Module, config: Any, example: Mapping[str, Any] | None = No
         bool(getattr(settings, "is_encoder_decoder", False)),
         any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         notes,
+        matrices,
     )
 
 

@@ -10,14 +10,17 @@ from torch import nn
 
 from dsso.errors import RecipeError
 from dsso.optim import is_forward
+from dsso.optim._gradient_config import GradientConfig
+from dsso.optim._matrix_config import MatrixConfig
 from dsso.optim.kfac import Config
 from dsso.parallel.placement import Strategy
-from dsso.plan.factors import KfacPlan, Window
+from dsso.plan.blocks import MatrixPlan
+from dsso.plan.factors import KfacPlan
 from dsso.plan.forward import forward_plan
 from dsso.plan.layout import layout, traffic
 from dsso.plan.model import Survey, survey
 from dsso.plan.remedies import alternatives
-from dsso.plan.report import Operations, Plan, RankBytes, Remedy, StrategyRow, Wire
+from dsso.plan.report import Operations, Plan, RankBytes, Remedy, StrategyRow, Window, Wire
 from dsso.recipe import Recipe, ResolvedRecipe, load_recipe
 
 STRATEGIES: tuple[Strategy, ...] = ("communication_optimal", "hybrid_optimal", "memory_optimal")
@@ -88,7 +91,11 @@ def _plan(
     if is_forward(recipe.optimizer_type):
         return forward_plan(seen, recipe, kind, gpu_bytes)
     config, world = recipe.optimizer_config, recipe.world_size
-    method = KfacPlan(seen, config, world, recipe.gas, strategy) if isinstance(config, Config) else None
+    method: KfacPlan | MatrixPlan | None = None
+    if isinstance(config, Config):
+        method = KfacPlan(seen, config, world, recipe.gas, strategy)
+    elif isinstance(config, MatrixConfig):
+        method = MatrixPlan(seen, recipe.optimizer_type, config, world)
     if recipe.is_method and method is None:
         raise RecipeError(
             "no plan can be made for this method", where="optimizer.type", got=recipe.optimizer_type
@@ -137,10 +144,10 @@ def _plan(
         world_size=world,
         dtype=recipe.precision.dtype,
         optimizer=recipe.optimizer_type,
-        strategy="" if method is None else strategy or method.config.strategy,
+        strategy="" if method is None else method.strategy,
         parameters=seen.total,
         trained=sum(weight.numel for weight in seen.trained),
-        factors=0 if method is None else len(method.placement.factors),
+        factors=0 if method is None else method.count,
         largest_unit=0 if method is None else method.largest_unit,
         shared=sum(layer.a_key != f"{layer.name}/a" for layer in seen.layers),
         ranks=tuple(ranks),
@@ -151,18 +158,19 @@ def _plan(
         gpu_bytes=gpu_bytes,
         rows=tuple(_rows(seen, recipe, method)),
         notes=seen.notes,
+        parts="" if method is None else method.parts,
     )
 
 
-def _rows(seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | None) -> Iterator[dict[str, Any]]:
+def _rows(
+    seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | MatrixPlan | None
+) -> Iterator[dict[str, Any]]:
     """Which method takes which parameter, and who owns its factors."""
-    owners = {}
-    if method is not None:
-        owners = {n: method.placement.owner[layer.name] for layer in seen.layers for n in layer.parameters}
+    owners = {} if method is None else method.owners
     config = recipe.optimizer_config
     for weight in seen.trained:
         kind = recipe.optimizer_type
-        if isinstance(config, Config) and weight.name not in owners:
+        if isinstance(config, GradientConfig) and weight.name not in owners:
             kind = config.base.type
         yield {
             "parameter": weight.name,
@@ -182,7 +190,7 @@ def _moments(seen: Survey, recipe: ResolvedRecipe) -> dict[str, tuple[str, ...]]
             return ("exp_avg",) if momentum else ()
         return ("exp_avg", "exp_avg_sq")
 
-    if not isinstance(config, Config):
+    if not isinstance(config, GradientConfig):
         kept = of(recipe.optimizer_type, getattr(config, "momentum", 0.0))
         return {weight.name: kept for weight in seen.trained}
     base = of(config.base.type, config.base.momentum)
@@ -190,19 +198,10 @@ def _moments(seen: Survey, recipe: ResolvedRecipe) -> dict[str, tuple[str, ...]]
     return {weight.name: base if weight.name in seen.rest else own for weight in seen.trained}
 
 
-def _every(config: Config) -> tuple[float, float]:
-    """How much of a measurement and of a factorization of all factors falls on a step in the long run."""
-    shares = []
-    for interval in (config.factor_interval, config.inverse_interval):
-        every = interval.segments[-1][1]
-        shares.append(1.0 / every if every else 0.0)
-    return shares[0], shares[1]
-
-
-def _wire(gradients: int, weights: int, method: KfacPlan | None, exchange: int) -> Wire:
+def _wire(gradients: int, weights: int, method: KfacPlan | MatrixPlan | None, exchange: int) -> Wire:
     if method is None:
         return Wire(gradients, weights, per_step=gradients + weights)
-    measured, made = _every(method.config)
+    measured, made = method.often
     statistics, bases, sent = method.statistics_wire, method.bases_wire, method.factorizations_wire
     total = gradients + weights + exchange + measured * (statistics + bases) + made * sent
     return Wire(
@@ -216,7 +215,7 @@ def _wire(gradients: int, weights: int, method: KfacPlan | None, exchange: int) 
     )
 
 
-def _operations(seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | None) -> Operations:
+def _operations(seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | MatrixPlan | None) -> Operations:
     """Of a rank's examples at full length."""
     task, examples = recipe.dsso.task, recipe.micro_batch * recipe.gas
     rows = seen.tokens(examples, task.max_length, task.max_target_length)
@@ -226,12 +225,12 @@ def _operations(seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | None) -
     training = forward * (3 if seen.checkpointing else 2) + gradients
     if method is None:
         return Operations(training=training)
-    config = method.config
-    measured, made = _every(config)
-    if config.approximation == "reduce":
-        rows = dict.fromkeys(rows, examples)
-    else:
-        rows = {side: -(-count // config.token_stride) for side, count in rows.items()}
+    measured, made = method.often
+    if isinstance(method, KfacPlan):
+        if method.config.approximation == "reduce":
+            rows = dict.fromkeys(rows, examples)
+        else:
+            rows = {side: -(-count // method.config.token_stride) for side, count in rows.items()}
     measure, refresh, apply = method.measure_flops(rows), max(method.refresh_flops), method.apply_flops
     extra = apply + measured * measure + made * refresh
     return Operations(

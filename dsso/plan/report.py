@@ -61,6 +61,28 @@ class RankBytes:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Statistics of one step and what is done with them.
+
+    Attributes:
+        sums: most bytes of sums at one time, on every rank.
+        buffers: bytes on their way: buckets, what has arrived, bases of low-rank forms; of one rank.
+        arrived: bytes of the sums of all ranks where they are averaged; of one rank.
+        refresh: bytes of factorizations being made or waiting to be taken over; of one rank.
+    """
+
+    sums: int = 0
+    buffers: int = 0
+    arrived: int = 0
+    refresh: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Most of it at one time: one comes after the other."""
+        return max(self.sums + self.buffers, self.arrived, self.refresh)
+
+
+@dataclass(frozen=True)
 class Wire:
     """Bytes on the wire.
 
@@ -147,7 +169,8 @@ class Plan:
         optimizer: `optimizer.type`.
         strategy: of the placement; empty for a baseline.
         parameters, trained: elements.
-        factors: number of Kronecker factors.
+        factors: number of Kronecker factors, or of blocks.
+        parts: what they are called.
         largest_unit: bytes of the layers that cannot be placed apart, at most.
         shared: layers that use the input factor of another layer.
         ranks: memory of every rank.
@@ -182,6 +205,7 @@ class Plan:
     remedies: tuple[Remedy, ...] = ()
     rows: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    parts: str = "Kronecker factors"
 
     @property
     def worst(self) -> RankBytes:

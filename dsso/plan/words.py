@@ -28,7 +28,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         f" {plan.parameters:,} parameters, {plan.trained:,} trained"
     )
     if plan.factors:
-        yield f"             {plan.factors} Kronecker factors; {plan.shared} layers use the input factor of another"
+        shared = f"; {plan.shared} layers use the input factor of another" if plan.strategy else ""
+        yield f"             {plan.factors} {plan.parts}{shared}"
     yield ""
     yield f"memory of rank {number}, the fullest"
     least = min(plan.ranks, key=lambda rank: rank.peak)
@@ -47,14 +48,22 @@ def _lines(plan: Plan) -> Iterator[str]:
         ]
     if plan.factors:
         total = sum(rank.factors for rank in plan.ranks)
-        rows += [
-            ("factors", worst.factors, f"with factorizations; all ranks together {size(total)}"),
-            ("statistics", worst.statistics, f"{_how(plan)}, {_when(plan)}"),
-            ("  later", worst.statistics_later, f"{_how(plan)}, measurements spread over their interval"),
-            ("refresh", worst.refresh, "at most, when all factors are factorized in one step"),
-            ("  later", worst.refresh_later, "at most, spread over their interval"),
-            ("exchange", worst.exchange, "at most, whole gradients and updates of this rank's layers"),
-        ]
+        if plan.strategy:
+            rows += [
+                ("factors", worst.factors, f"with factorizations; all ranks together {size(total)}"),
+                ("statistics", worst.statistics, f"{_how(plan)}, {_when(plan)}"),
+                ("  later", worst.statistics_later, f"{_how(plan)}, measurements spread over their interval"),
+                ("refresh", worst.refresh, "at most, when all factors are factorized in one step"),
+                ("  later", worst.refresh_later, "at most, spread over their interval"),
+            ]
+        else:
+            rows += [
+                ("blocks", worst.factors, f"state of the method; all ranks together {size(total)}"),
+                ("refresh", worst.refresh, "at most, one block after another"),
+            ]
+        rows.append(
+            ("exchange", worst.exchange, "at most, whole gradients and updates of what this rank owns")
+        )
     rows += [
         (
             "buckets",
@@ -102,10 +111,11 @@ def _traffic(plan: Plan) -> Iterator[str]:
     yield f"  {'weights':<12}{size(wire.weights):>13}  a step, gathered by the engine"
     if plan.factors:
         yield f"  {'exchange':<12}{size(wire.exchange):>13}  a step, sent by the busiest rank: gradients and updates"
-        yield f"  {'statistics':<12}{size(wire.statistics):>13}  a measurement of all factors, summed at their owners"
-        if wire.bases:
-            yield f"  {'bases':<12}{size(wire.bases):>13}  a measurement of all factors, of low-rank forms"
-        yield f"  {'factors':<12}{size(wire.factorizations):>13}  a refresh, factorizations to other appliers"
+        if plan.strategy:
+            yield f"  {'statistics':<12}{size(wire.statistics):>13}  a measurement of all factors, to their owners"
+            if wire.bases:
+                yield f"  {'bases':<12}{size(wire.bases):>13}  a measurement of all factors, of low-rank forms"
+            yield f"  {'factors':<12}{size(wire.factorizations):>13}  a refresh, factorizations to other appliers"
     yield f"  {'in all':<12}{size(wire.per_step):>13}  a step on average, by the schedule's last intervals"
 
 
@@ -116,8 +126,9 @@ def _work(plan: Plan) -> Iterator[str]:
     yield f"  {'training':<12}{_flops(work.training):>15}  {told} of a step"
     if plan.factors:
         yield f"  {'precondition':<12}{_flops(work.apply):>15}  a step"
-        yield f"  {'measure':<12}{_flops(work.measure):>15}  all factors once"
-        yield f"  {'refresh':<12}{_flops(work.refresh):>15}  all factors once, on the busiest rank"
+        if plan.strategy:
+            yield f"  {'measure':<12}{_flops(work.measure):>15}  all factors once"
+        yield f"  {'refresh':<12}{_flops(work.refresh):>15}  all {plan.parts} once, on the busiest rank"
         yield f"  {'in all':<12}{100 * work.share:>13.2f} %  of training, by the schedule's last intervals"
 
 

@@ -19,9 +19,12 @@ from dsso.engines.ddp import DDPEngine
 from dsso.engines.deepspeed import DeepSpeedEngine
 from dsso.engines.fsdp2 import FSDP2Engine
 from dsso.engines.single import SingleEngine
+from dsso.optim import available, is_forward, resolve
 from dsso.optim.kfac import BaseConfig, Config
 
 STEPS = 5
+OTHERS = tuple(name for name in available() if name != "KFAC" and not is_forward(name))
+"""Methods on gradients beside K-FAC, as they are found."""
 CPU = torch.device("cpu")
 ENGINES = ("zero-0", "zero-1", "zero-2", "zero-3", "fsdp2", "ddp")
 OWN_LAYOUT = ("fsdp2", "ddp")
@@ -80,6 +83,7 @@ class Case:
     dtype: str = "float32"
     fisher: str = "empirical"
     variant: str = ""
+    method: str = "KFAC"
 
     @property
     def batch(self) -> int:
@@ -91,13 +95,13 @@ class Case:
         """What the single-process reference depends on."""
         # How statistics travel and who applies them is no setting of a single process.
         shape = {key: VARIANTS[self.variant][key] for key in SHAPING if key in VARIANTS[self.variant]}
-        return (self.model, self.padded, self.fisher, self.dtype, self.batch, repr(shape))
+        return (self.model, self.padded, self.fisher, self.dtype, self.batch, f"{self.method} {shape!r}")
 
     def __str__(self) -> str:
         fill = "padded" if self.padded else "full"
         return (
             f"{self.model:13s} {self.engine:6s} W={self.world_size} gas={self.gas} {self.checkpointing:13s} {fill:6s}"
-            f" {self.dtype} {self.fisher} {self.variant}".rstrip()
+            f" {self.dtype} {self.fisher if self.method == 'KFAC' else self.method} {self.variant}".rstrip()
         )
 
 
@@ -136,6 +140,14 @@ def variant_cases(world_size: int, engines: Sequence[str] = ENGINES) -> Iterator
         turn = index + index // len(MODELS)
         gas, checkpointing = ((1, 4)[turn % 2], CHECKPOINTING[turn % 3]) if world_size <= 2 else (1, "none")
         yield Case(model, engines[turn % len(engines)], world_size, gas, checkpointing, True, variant=variant)
+
+
+def method_cases(method: str, world_size: int, engines: Sequence[str] = ENGINES) -> Iterator[Case]:
+    """Another method with every model on every engine."""
+    for index, (model, engine) in enumerate(itertools.product(MODELS, engines)):
+        turn = index + index // len(engines)
+        gas, checkpointing = ((1, 4)[turn % 2], CHECKPOINTING[turn % 3]) if world_size <= 2 else (1, "none")
+        yield Case(model, engine, world_size, gas, checkpointing, True, method=method)
 
 
 def bf16_cases(world_size: int) -> Iterator[Case]:
@@ -216,6 +228,15 @@ def kfac_config(case: Case, alone: bool = False) -> Config:
     )
 
 
+def method_config(case: Case, alone: bool = False) -> Any:
+    """Settings of the case's method; of those that are not K-FAC what all of them have, and their own defaults."""
+    if case.method == "KFAC":
+        return kfac_config(case, alone)
+    given = dict(lr=1e-3, momentum=0.5, weight_decay=0.01, clip="post", tau=5.0)
+    own = dict(refresh_interval=[[0, 1], [3, 2]], block_side=24, base={"type": "SGD", "lr": 0.01})
+    return resolve(case.method).Config(**given, **own)
+
+
 def train(engine: Any, data: Any, case: Case, rank: int, world_size: int, gas: int) -> dict[str, Tensor]:
     """Five steps on the global batches of the task; the trainable parameters, as far as this rank has whole ones."""
     from dsso.curvature.labels import sample_labels
@@ -252,7 +273,7 @@ def reference(case: Case, device: torch.device = CPU) -> dict[str, Tensor]:
     bundle, data = build(case, "none")
     if case.dtype == "bfloat16":
         bundle.model.bfloat16()
-    optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case, alone=True), device)
+    optimizer = make_optimizer(bundle.model, case.method, method_config(case, alone=True), device)
     engine = SingleEngine(bundle.model.to(device), optimizer, device, 1, case.batch)
     try:
         return train(engine, data, case, 0, 1, 1)
@@ -263,7 +284,7 @@ def reference(case: Case, device: torch.device = CPU) -> dict[str, Tensor]:
 def sharded(case: Case, rank: int, device: torch.device = CPU) -> dict[str, Tensor]:
     """The same under the case's engine, on this rank of the running process group."""
     bundle, data = build(case, case.checkpointing)
-    optimizer = make_optimizer(bundle.model, "KFAC", kfac_config(case), device)
+    optimizer = make_optimizer(bundle.model, case.method, method_config(case), device)
     make = _own_layout if case.engine in OWN_LAYOUT else _deepspeed
     engine = make(case, bundle.model.to(device), optimizer, case.batch // case.world_size // case.gas, device)
     try:

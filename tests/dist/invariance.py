@@ -85,6 +85,8 @@ def main() -> int:
             chosen = list(cases.few_cases(world_size) if arguments.few else cases.all_cases(world_size))
             if 2 <= world_size <= 3:
                 chosen += list(cases.variant_cases(world_size))
+            if world_size <= 3:
+                chosen += [case for name in cases.OTHERS for case in cases.method_cases(name, world_size)]
             if arguments.bf16 and world_size == 2:
                 chosen += list(cases.bf16_cases(world_size))
             chosen = [case for case in chosen if arguments.only in str(case)]

@@ -59,6 +59,28 @@ def test_no_setting_depends_on_how_it_is_computed(tmp_path: Path) -> None:
     _check(turned, 2, tmp_path)
 
 
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+def test_other_methods_take_the_step_of_one(tmp_path: Path) -> None:
+    """Every method with every engine, the models in turn."""
+    cases = _table().cases
+    chosen = []
+    for turn, name in enumerate(cases.OTHERS):
+        every = list(cases.method_cases(name, 2))
+        chosen += [case for row, case in enumerate(every) if row // 6 == (row + turn) % 4]
+    assert {case.engine for case in chosen} == set(cases.ENGINES)
+    _check(chosen, 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_whole_table_of_other_methods(world_size: int, tmp_path: Path) -> None:
+    cases = _table().cases
+    _check([case for name in cases.OTHERS for case in cases.method_cases(name, world_size)], world_size, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(900)

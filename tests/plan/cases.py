@@ -70,6 +70,11 @@ def adamw(recipe_: dict[str, Any]) -> dict[str, Any]:
     return {**recipe_, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
 
 
+def other(method: str, recipe_: dict[str, Any], **params: Any) -> dict[str, Any]:
+    """Another method on gradients in the place of K-FAC."""
+    return {**recipe_, "optimizer": {"type": method, "params": {"lr": 1e-3, **params}}}
+
+
 def forward(method: str, recipe_: dict[str, Any], **params: Any) -> dict[str, Any]:
     """A method from forward passes in the place of K-FAC."""
     return {**recipe_, "optimizer": {"type": method, "params": {"lr": 1e-4, **params}}}
@@ -101,6 +106,9 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
         "zero-1", "bf16", params={"storage": "bfloat16"}, **FP32
     ),
     "zero-2 fp32 blocks": recipe("zero-2", params=BLOCKS),
+    "zero-2 bf16 shampoo": other("SHAMPOO", recipe("zero-2", "bf16"), block_side=48),
+    "zero-3 fp32 shampoo": other("SHAMPOO", recipe("zero-3", model="tiny-roberta"), grafting="none", beta1=0),
+    "fsdp2 fp32 lora shampoo": other("SHAMPOO", recipe("fsdp2", model="tiny-t5", peft=LORA), momentum=0.5),
     "zero-2 fp32 inverses": recipe("zero-2", params={"apply": "inverse"}),
     "zero-2 bf16 accumulated": recipe("zero-2", "bf16", gas=2),
     "zero-2 fp32 lora accumulated at the owners": recipe(

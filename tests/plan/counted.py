@@ -160,7 +160,7 @@ def count(recipe: dict[str, Any]) -> dict[str, Any]:
     factors = 0 if method is None else method.state_bytes()
     known = {**weights, **masters, **state}
     if method is not None:
-        known |= storages(t for f in method.factors.values() for t in f.state().values())
+        known |= storages(method.state_tensors().values())
 
     def rest(seen: dict[int, int]) -> int:
         return sum(size for key, size in seen.items() if key not in known and key not in before)
@@ -175,7 +175,7 @@ def count(recipe: dict[str, Any]) -> dict[str, Any]:
         "gradients": rest(entered[-1]),
         "gradients_in_pass": rest(passed),
         "sums": sums.most,
-        "sent": 0 if method is None else method.statistics.sent,
+        "sent": method.statistics.sent if hasattr(method, "statistics") else 0,
     }
     engine.close()
     return out

@@ -1,0 +1,102 @@
+"""Eigendecompositions that do not break a run, and inverse roots of positive semi-definite matrices.
+
+Legend of shape suffixes: `D` side of the matrix.
+
+Formulas, with A = V diag(w) V^T:
+
+- inverse root      (A + e I)^-s = V diag((w + e)^-s) V^T
+- coupled Newton    X <- X T, M <- T^p M with T = ((p + 1) I - M) / p, from X = z^(1/p) I and M = z A,
+                    z = (1 + p) / (2 |A|): X -> A^(-1/p) and M -> I               Guo and Higham 2006, eq. 3.2
+
+Sources: Gupta, Koren, Singer 2018 (roots of Shampoo); Anil et al. 2020 (coupled Newton for them). Deviation:
+decompositions are made in float64 where float32 fails, and on the host where the device fails; a failure is a value,
+not an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def eigh(x_DD: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Eigenvalues (ascending) and eigenvectors of a symmetric matrix, and whether all attempts failed.
+
+    Attempts: as it is; in float64; in float64 on the host. Asks the device whether each has worked.
+
+    Args:
+        x_DD: symmetric; only the lower triangle is read.
+
+    Returns:
+        `(w_D, V_DD, failed)` in the dtype and on the device of `x_DD`; zeros and the identity where it failed.
+    """
+    if torch.isfinite(x_DD).all():
+        for attempt in _attempts(x_DD):
+            try:
+                w_D, v_DD = torch.linalg.eigh(attempt)
+            except RuntimeError:  # torch.linalg.LinAlgError is one, and so is what a device library reports
+                continue
+            if torch.isfinite(w_D).all() and torch.isfinite(v_DD).all():
+                return w_D.to(x_DD), v_DD.to(x_DD), False
+    side = x_DD.shape[0]
+    return x_DD.new_zeros(side), torch.eye(side, dtype=x_DD.dtype, device=x_DD.device), True
+
+
+def _attempts(x_DD: Tensor) -> Iterator[Tensor]:
+    yield x_DD
+    if x_DD.dtype != torch.float64:
+        yield x_DD.double()
+    if x_DD.device.type != "cpu":
+        yield x_DD.double().cpu()
+
+
+def inverse_root(x_DD: Tensor, power: float, shift: Tensor | float) -> tuple[Tensor, bool]:
+    """(X + shift I)^-power by an eigendecomposition, and whether it failed.
+
+    Rounding may leave small negative eigenvalues: they count as zero.
+
+    Args:
+        x_DD: symmetric positive semi-definite.
+        power: positive.
+        shift: positive.
+    """
+    w_D, v_DD, failed = eigh(x_DD)
+    scaled_DD = v_DD * (w_D.clamp_min(0.0) + shift).pow(-power)
+    return scaled_DD @ v_DD.mT, failed
+
+
+def newton_root(
+    x_DD: Tensor, order: int, shift: Tensor | float, tolerance: float = 1e-6, most: int = 100
+) -> tuple[Tensor, bool]:
+    """(X + shift I)^(-1/order) by the coupled Newton iteration, and whether it failed to converge.
+
+    Products alone, which a device likes better than an eigendecomposition. It converges to about the square root of
+    rounding relative to the condition number; what does not reach `tolerance` is reported as failed.
+
+    Args:
+        x_DD: symmetric positive semi-definite.
+        order: p, at least 1.
+        shift: positive.
+        tolerance: largest entry of M - I.
+        most: iterations.
+    """
+    side = x_DD.shape[0]
+    eye_DD = torch.eye(side, dtype=x_DD.dtype, device=x_DD.device)
+    damped_DD = x_DD + shift * eye_DD
+    # The Frobenius norm bounds the largest eigenvalue, so the start is within the region of convergence.
+    z = (1 + order) / (2 * torch.linalg.matrix_norm(damped_DD))
+    m_DD, root_DD = damped_DD * z, eye_DD * z ** (1.0 / order)
+    error = (m_DD - eye_DD).abs().max()
+    for _ in range(most):
+        if not torch.isfinite(error) or error <= tolerance:
+            break
+        t_DD = ((order + 1) * eye_DD - m_DD) / order
+        next_DD, next_m_DD = root_DD @ t_DD, torch.linalg.matrix_power(t_DD, order) @ m_DD
+        next_error = (next_m_DD - eye_DD).abs().max()
+        # Near the end a growing error is rounding: what there is now is the best there will be.
+        if error < 0.1 and next_error > error * 1.2:
+            break
+        root_DD, m_DD, error = next_DD, next_m_DD, next_error
+    return (root_DD + root_DD.mT) / 2, not bool(error <= tolerance)

@@ -1,0 +1,82 @@
+"""Parameters that all methods on gradients share: rates, clipping, and the base method."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dsso.clip import ClipMode
+from dsso.config import StrictModel
+from dsso.optim._rules import Rule
+from dsso.schedule import ScalarSchedule, bounded
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class BaseConfig(StrictModel):
+    """The base method, for parameters that the method does not take."""
+
+    type: Literal["SGD", "AdamW"] = "AdamW"
+    """Rule for the remaining parameters."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the remaining parameters; null: that of the method. Both follow one schedule."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """SGD: m <- momentum m + u."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """AdamW: decay of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW: added to the root of the second moment."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Decoupled weight decay of matrices among the remaining parameters; null: that of the method."""
+    applies_to: Literal["rest", "all"] = "rest"
+    """`all`: the preconditioned gradients pass through this rule as well, instead of SGD with momentum."""
+
+
+class GradientConfig(StrictModel):
+    """What every method on gradients takes."""
+
+    lr: float = Field(default=0.05, gt=0)
+    """Learning rate; a scheduler section of the recipe multiplies it."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """m <- momentum m + u on preconditioned, clipped gradients."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled: weights (not biases, not norms) shrink by lr * weight_decay a step."""
+    clip: ClipMode = "post"
+    """What `tau` bounds: nothing, the gradient norm (`pre`) or the Newton-step norm (`post`)."""
+    tau: Annotated[ScalarSchedule, bounded(gt=0)] = 1.0
+    """Largest norm over all trainable parameters and ranks, before the learning rate. A schedule."""
+    kl_clip: float | None = Field(default=None, gt=0)
+    """Bound on lr^2 <u, g>, on top of the clip; null: none."""
+    exclude: list[str] = Field(default_factory=list)
+    """Regular expressions on module paths: these layers go to the base method."""
+    base: BaseConfig = BaseConfig()
+    """The base method."""
+
+    def rules(
+        self, taken: Collection[str], rest: Collection[str], matrices: Collection[str]
+    ) -> dict[str, Rule]:
+        """SGD with momentum for what the method takes, the base method for the rest.
+
+        Args:
+            taken: parameters of the method.
+            rest: the others that are trained.
+            matrices: names of parameters of two or more dimensions; others are not decayed.
+        """
+        base = self.base
+        decay = self.weight_decay if base.weight_decay is None else base.weight_decay
+
+        def base_rule(name: str, lr_ratio: float, weight_decay: float) -> Rule:
+            decayed = weight_decay if name in matrices else 0.0
+            if base.type == "SGD":
+                return Rule("sgd", lr_ratio, decayed, base.momentum)
+            return Rule("adamw", lr_ratio, decayed, betas=(base.betas[0], base.betas[1]), eps=base.eps)
+
+        rules = {name: base_rule(name, 1.0 if base.lr is None else base.lr / self.lr, decay) for name in rest}
+        for name in taken:
+            if base.applies_to == "all":
+                rules[name] = base_rule(name, 1.0, self.weight_decay)
+            else:
+                rules[name] = Rule("sgd", 1.0, self.weight_decay if name in matrices else 0.0, self.momentum)
+        return rules

@@ -1,0 +1,197 @@
+"""Shampoo: every side of a block is preconditioned by a root of its own second moment.
+
+For a block with gradient G of sides d_1 .. d_k and its unfoldings G_i (side i against all others),
+
+    S_i <- beta2 S_i + (1 - beta2) G_i G_i^T               (beta2 = 1: S_i + G_i G_i^T)
+    M   <- beta1 M + (1 - beta1) G
+    U    = M^ x_1 S^_1^(-1/2k) x_2 ... x_k S^_k^(-1/2k)    k sides that are preconditioned; hats: debiased
+
+and, with grafting, U |U_graft| / |U|: the direction is Shampoo's, the length another method's, block by block.
+
+Sources: Gupta, Koren, Singer 2018, algorithm 2 (the method, roots by the order of the tensor); Anil, Gupta, Koren,
+Regan, Singer 2020 (grafting, blocks, roots at intervals, coupled Newton); Shi et al. 2023 (exponential averages,
+debiasing, filtered gradients). Deviations: what is added to a diagonal is relative to the trace by default, so that it
+has no unit and is above rounding, which else decides over the root where data has not reached; of a long and narrow
+block (an adapter's) only the short side is preconditioned, with the root that one side asks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dsso.clip import ClipMode
+from dsso.linalg import roots
+from dsso.linalg.kron import TINY
+from dsso.optim._matrix import BlockCost, MatrixBlock, MatrixMethod
+from dsso.optim._matrix_config import MatrixConfig
+from dsso.optim._unfold import along, gram
+
+__all__ = ["Config", "Method"]
+
+
+class Config(MatrixConfig):
+    """Parameters of Shampoo (`optimizer.params`)."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    """Learning rate; with grafting that of the method whose length is taken."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """m <- momentum m + u on clipped updates, on top of `beta1`."""
+    clip: ClipMode = "none"
+    """What `tau` bounds: nothing, the gradient norm (`pre`) or the norm of the update (`post`), which with Adam's
+    grafting is about the root of the number of elements."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the averaged gradient that is preconditioned; 0: the gradient itself."""
+    beta2: float = Field(default=0.999, gt=0, le=1)
+    """Decay of the second moments; 1: they are summed up."""
+    epsilon: float = Field(default=1e-5, gt=0)
+    """Added to the diagonal of a second moment before its root is taken."""
+    epsilon_mode: Literal["relative", "absolute"] = "relative"
+    """`relative`: times the trace, of which rounding in float32 takes 1e-7; `absolute`: as it is."""
+    exponent: float | None = Field(default=None, gt=0)
+    """Of every side; null: 1 over twice the number of sides that are preconditioned."""
+    root: Literal["eigh", "newton"] = "eigh"
+    """How roots are made; `newton` needs 1 / `exponent` to be a whole number."""
+    grafting: Literal["none", "sgd", "adam", "rmsprop", "adagrad"] = "adam"
+    """Whose length an update has; `adam` uses beta1 and beta2, `rmsprop` beta2."""
+    grafting_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment of `grafting`."""
+    start_step: int = Field(default=0, ge=0)
+    """Steps up to this one are those of `grafting` alone; statistics are taken from the first."""
+
+    @model_validator(mode="after")
+    def _whole_root(self) -> Config:
+        if self.root == "newton" and self.exponent is not None and (1 / self.exponent) % 1:
+            raise ValueError(
+                f"root = newton needs a whole number for 1 / exponent, got {1 / self.exponent:g}"
+            )
+        return self
+
+
+class Block(MatrixBlock):
+    """Second moments of the sides, their roots, and the moments of grafting."""
+
+    def __init__(self, sides: tuple[int, ...], config: Config, like: Tensor) -> None:
+        self._config = config
+        self._kept = config.kept_sides(sides)
+        self._power = config.exponent or 1 / (2 * len(self._kept))
+        self._sums = [like.new_zeros(sides[dim], sides[dim]) for dim in self._kept]
+        self._roots = [torch.eye(sides[dim], dtype=like.dtype, device=like.device) for dim in self._kept]
+        self._count = like.new_zeros(())
+        self._mean = like.new_zeros(sides) if config.beta1 else None
+        self._square = like.new_zeros(sides) if config.grafting in _SQUARES else None
+
+    @staticmethod
+    def cost(sides: tuple[int, ...], config: Any) -> BlockCost:
+        """Two squares a side; an eigendecomposition and a product for a root, products for a step."""
+        whole = 1
+        for side in sides:
+            whole *= side
+        kept = [sides[dim] for dim in config.kept_sides(sides)]
+        extra = whole * (bool(config.beta1) + (config.grafting in _SQUARES))
+        return BlockCost(
+            elements=sum(2 * side * side for side in kept) + extra + 1,
+            refresh=sum(10.0 * side**3 for side in kept),
+            step=sum(2.0 * side * whole for side in kept),
+        )
+
+    def average(self, gradient: Tensor, take: Tensor) -> None:
+        """S, M and the second moment of grafting."""
+        config = self._config
+        one = torch.ones_like(self._count)
+        self._count.add_(torch.where(take, one, 0.0))
+        decay, weight = _blend(config.beta2, take, one)
+        for sum_DD, dim in zip(self._sums, self._kept, strict=True):
+            sum_DD.mul_(decay).add_(gram(gradient, dim) * weight)
+        if self._mean is not None:
+            keep, new = _blend(config.beta1, take, one)
+            self._mean.mul_(keep).add_(gradient * new)
+        if self._square is not None:
+            if config.grafting == "adagrad":
+                decay, weight = one, one
+            self._square.mul_(decay).addcmul_(gradient * weight, gradient)
+
+    def refresh(self) -> bool:
+        """Roots of the debiased second moments; all of them are taken over, or none."""
+        config, found = self._config, []
+        if self._count < 1:
+            return False
+        scale = 1.0 if config.beta2 == 1 else 1 / (1 - config.beta2**self._count)
+        for sum_DD in self._sums:
+            mean_DD = sum_DD * scale
+            level = mean_DD.diagonal().sum()
+            if not level > TINY:
+                return False  # a parameter that no loss has reached yet
+            shift = config.epsilon * (level if config.epsilon_mode == "relative" else 1.0)
+            if config.root == "newton":
+                root_DD, failed = roots.newton_root(mean_DD, round(1 / self._power), shift)
+            else:
+                root_DD, failed = roots.inverse_root(mean_DD, self._power, shift)
+            if failed:
+                return True
+            found.append(root_DD)
+        for mine, root_DD in zip(self._roots, found, strict=True):
+            mine.copy_(root_DD)
+        self.usable = True
+        return False
+
+    def act(self, gradient: Tensor, step: int) -> Tensor:
+        """The preconditioned, filtered gradient, of the length of grafting."""
+        config = self._config
+        bias = 1 - config.beta1**self._count
+        mean = gradient if self._mean is None else self._mean / bias.clamp_min(TINY)
+        graft = self._graft(gradient, mean)
+        if step < config.start_step or not self.usable:
+            return mean if graft is None else graft
+        update = mean
+        for root_DD, dim in zip(self._roots, self._kept, strict=True):
+            update = along(root_DD, update, dim)
+        if graft is None:
+            return update
+        grafted: Tensor = update * (graft.norm() / update.norm().clamp_min(TINY))
+        return grafted
+
+    def _graft(self, gradient: Tensor, mean: Tensor) -> Tensor | None:
+        config = self._config
+        if config.grafting == "none":
+            return None
+        if self._square is None:
+            return mean
+        debiased = config.beta2 < 1 and config.grafting != "adagrad"
+        bias = (1 - config.beta2**self._count).clamp_min(TINY) if debiased else 1.0
+        first = mean if config.grafting == "adam" else gradient
+        graft: Tensor = first / ((self._square / bias).sqrt() + config.grafting_epsilon)
+        return graft
+
+    def ready(self, step: int) -> bool:
+        """There are roots, or they are not used yet."""
+        return self.usable or step < self._config.start_step
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors."""
+        out = {"count": self._count}
+        for dim, sum_DD, root_DD in zip(self._kept, self._sums, self._roots, strict=True):
+            out |= {f"sum{dim}": sum_DD, f"root{dim}": root_DD}
+        if self._mean is not None:
+            out["mean"] = self._mean
+        if self._square is not None:
+            out["square"] = self._square
+        return out
+
+
+_SQUARES = ("adam", "rmsprop", "adagrad")
+
+
+def _blend(beta: float, take: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of what there was and of what is new: beta and 1 - beta (1 where beta is 1), or 1 and 0."""
+    fresh = 1.0 if beta == 1 else 1.0 - beta
+    return torch.where(take, beta * one, one), torch.where(take, fresh * one, 0.0)
+
+
+class Method(MatrixMethod):
+    """Shampoo on the matrices of a model."""
+
+    block = Block

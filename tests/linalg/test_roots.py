@@ -1,0 +1,84 @@
+"""Roots against dense float64, and what happens when a decomposition fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsso.linalg import roots
+
+
+def _psd(side: int, rank: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randn(side, rank, generator=generator, dtype=torch.float64)
+    return (half @ half.mT / rank).to(dtype)
+
+
+@settings(max_examples=30, deadline=None)
+@given(side=st.integers(1, 24), rank=st.integers(1, 24), order=st.sampled_from([1, 2, 4, 6]))
+def test_both_roots_are_roots(side: int, rank: int, order: int) -> None:
+    x_DD, shift = _psd(side, rank, side * 100 + rank), 0.05
+    damped_DD = x_DD + shift * torch.eye(side, dtype=x_DD.dtype)
+    for root_DD, failed in (
+        roots.inverse_root(x_DD, 1 / order, shift),
+        roots.newton_root(x_DD, order, shift),
+    ):
+        assert not failed
+        back_DD = torch.linalg.matrix_power(root_DD, order) @ damped_DD
+        torch.testing.assert_close(back_DD, torch.eye(side, dtype=x_DD.dtype), rtol=1e-5, atol=1e-5)
+
+
+def test_any_power() -> None:
+    x_DD = _psd(9, 12, 0)
+    w, v = torch.linalg.eigh(x_DD + 0.1 * torch.eye(9).double())
+    found, failed = roots.inverse_root(x_DD, 0.37, 0.1)
+    assert not failed
+    torch.testing.assert_close(found, v * w.pow(-0.37) @ v.mT)
+
+
+def test_rank_one_in_float32_is_no_failure() -> None:
+    """As T5's factors are; rounding makes some eigenvalues negative."""
+    x_DD = _psd(200, 1, 3, torch.float32) * 1e4
+    found, failed = roots.inverse_root(x_DD, 0.25, 1e-6)
+    assert not failed
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("spoil", [float("nan"), float("inf")])
+def test_what_is_not_finite_fails_quietly(spoil: float) -> None:
+    x_DD = torch.eye(5)
+    x_DD[2, 2] = spoil
+    w_D, v_DD, failed = roots.eigh(x_DD)
+    assert failed
+    assert torch.equal(v_DD, torch.eye(5))
+    assert torch.equal(w_D, torch.zeros(5))
+    assert roots.newton_root(x_DD, 4, 0.1)[1]
+
+
+@pytest.mark.parametrize("works_in", [torch.float64, None])
+def test_a_failed_decomposition_is_repeated_in_float64(
+    works_in: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.linalg.eigh
+
+    def failing(x: torch.Tensor, **settings: Any) -> Any:
+        if x.dtype == works_in:
+            return real(x)
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    x_DD = _psd(6, 6, 1, torch.float32)
+    wanted, _ = real(x_DD)
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    w_D, _, failed = roots.eigh(x_DD)
+    assert failed is (works_in is None)
+    assert w_D.dtype == torch.float32
+    if not failed:
+        torch.testing.assert_close(w_D, wanted)
+
+
+def test_newton_says_when_it_did_not_get_there() -> None:
+    assert roots.newton_root(_psd(8, 8, 0), 4, 1e-9, most=3)[1]
