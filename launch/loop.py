@@ -163,7 +163,8 @@ class Loop:
         if self.seeds is not None:
             loss = engine.step(partial(self._evaluated, indices), job.objective.value)
             # The loss is that of all ranks; which of them has none that is finite, its own sums tell.
-            self._sums[:2] += torch.stack([loss, torch.ones_like(loss)]).to(self._sums) * torch.isfinite(loss)
+            finite = torch.isfinite(loss)
+            self._sums[:2] += torch.stack([torch.where(finite, loss, 0.0), finite.to(loss)]).to(self._sums)
             self.seeds.add()
             self._tell(self._flat.update(self.step + 1, self.seeds.measures))
             return
@@ -184,9 +185,9 @@ class Loop:
             parts = micro_batches(indices, 0, 1, job.world_size * engine.gradient_accumulation_steps)
         else:
             parts = micro_batches(indices, job.rank, job.world_size, engine.gradient_accumulation_steps)
-        sums = torch.stack([job.objective.sums(job.data, engine, part) for part in parts]).sum(dim=0)
-        self._sums[2] += (~torch.isfinite(sums).all()).to(self._sums)
-        return sums
+        found = torch.stack([job.objective.sums(job.data, engine, part) for part in parts])
+        self._sums[2] += (~torch.isfinite(found).all(dim=1)).sum()
+        return found.sum(dim=0)
 
     def _sampled(self, batch: Batch, terms: float) -> Tensor:
         """Loss of a micro-batch at labels drawn from the model, over the terms of the global batch."""

@@ -36,6 +36,8 @@ def eigh(x_DD: Tensor) -> tuple[Tensor, Tensor, bool]:
         for attempt in _attempts(x_DD):
             try:
                 w_D, v_DD = torch.linalg.eigh(attempt)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:  # torch.linalg.LinAlgError is one, and so is what a device library reports
                 continue
             if torch.isfinite(w_D).all() and torch.isfinite(v_DD).all():

@@ -45,6 +45,13 @@ def grows(outputs, batch):
 grows.calls = 0
 grows.value = lambda sums: sums.sum()
 
+def sometimes(outputs, batch):
+    sometimes.calls += 1
+    bad = 30 < sometimes.calls <= 33
+    return torch.tensor([float("nan") if bad else float(outputs.logits.square().mean()), 1.0])
+
+sometimes.calls = 0
+
 def nothing(outputs, batch):
     return torch.tensor([float("nan"), 1.0])
 """
@@ -186,6 +193,22 @@ def test_a_baseline_needs_gradients_too(tmp_path: Path, monkeypatch: Patch, capf
     recipe = write_recipe(tmp_path, {"optimizer": {"type": "AdamW"}, "dsso.train.objective": "accuracy"})
     assert train(monkeypatch, "--ds_config", recipe, "--output_dir", tmp_path / "out") == 2
     assert "AdamW needs gradients of the loss" in capfd.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_now_and_then_is_skipped_and_told(
+    tmp_path: Path, monkeypatch: Patch, capfd: Capture
+) -> None:
+    """The figures of the others are the mean of what is finite."""
+    (tmp_path / "my_metrics.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_metrics", raising=False)
+    more = setting(objective="my_metrics:sometimes", log_interval=8)
+    assert train(monkeypatch, "--ds_config", SINGLE, "--output_dir", tmp_path / "out", *more) == 0
+    (line,) = [one for one in lines(tmp_path / "out") if "loss" in one]
+    assert 0 < line["loss"] < float("inf")
+    assert line["skipped_steps"] >= 1
+    assert line["bad_losses"] == 3
+    assert "non-finite loss on rank 0 (3 micro-batches)" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
