@@ -264,8 +264,15 @@ class NoopWatch:
         reasons = []
         age = health.get("factor_age")
         if age is not None and (not math.isfinite(age) or age < 0):
+            intervals = (
+                "refresh_interval"
+                if "refresh_interval" in self.config
+                else "factor_interval and inverse_interval"
+            )
+            reasons.append(f"no curvature has been inverted yet: let {intervals} be due earlier")
+        if self.config.get("start_step"):
             reasons.append(
-                "no curvature has been inverted yet: let factor_interval and inverse_interval be due earlier"
+                f"up to step {self.config['start_step']} (start_step) its steps are those of grafting alone"
             )
         if health.get("factor_failures", 0) > 0:
             reasons.append(f"{health['factor_failures']:.0f} factorizations failed")
@@ -276,6 +283,10 @@ class NoopWatch:
                 f"most likely the {kind} of {damping:g} is too strong for this curvature: lower"
                 " optimizer.params.damping"
                 + (" or set damping_mode to 'relative'" if mode == "absolute" else " (1e-1 to 1e-3 is usual)")
+            )
+        elif "epsilon" in self.config:
+            reasons.append(
+                f"epsilon of {self.config['epsilon']:g} may be above what the second moments hold: lower it"
             )
         return (
             "; ".join(reasons)

@@ -159,6 +159,15 @@ def test_reasons_for_doing_nothing(health: dict[str, float], words: str) -> None
     assert words in message
 
 
+def test_reasons_for_a_method_without_damping() -> None:
+    watch = NoopWatch(1, "SHAMPOO", {"refresh_interval": 10, "start_step": 100, "epsilon": 0.5})
+    told = watch.update(1, {"cos_update_grad": 1.0, "factor_age": -1.0})
+    assert told is not None
+    assert "let refresh_interval be due earlier" in told
+    assert "up to step 100 (start_step)" in told
+    assert "epsilon of 0.5" in told
+
+
 def test_a_run_that_only_skips_ends_and_says_which() -> None:
     guard = SkipGuard(3)
     assert guard.check(10, {"skipped_steps": 1.0, "consecutive_skips": 0.0}, [0, 0]) is not None
