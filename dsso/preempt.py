@@ -5,8 +5,9 @@ status 128 + signal (130 for Ctrl-C, 143 for SIGTERM). A second one leaves at on
 hangs in a collective call: signals are read by a thread from a wake-up descriptor, because Python runs its
 own handlers only between two byte codes of the main thread.
 
-Launchers repeat signals (Ctrl-C in a terminal reaches a rank as SIGINT and, from DeepSpeed's launcher, a
-moment later as SIGTERM), so what comes within `repeat_seconds` of the first counts as the same request.
+Launchers repeat signals: Ctrl-C in a terminal reaches a rank as SIGINT and then, from DeepSpeed's launcher, as SIGTERM,
+on a busy machine seconds later. So a signal within `repeat_seconds` of the first counts as the same request, and one of
+the other kind within `launcher_seconds`.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ class StopRequest:
     Args:
         speak: say on stderr that the request was heard (rank 0).
         repeat_seconds: signals so close behind the first one belong to it.
+        launcher_seconds: those of the other kind do so longer.
     """
 
-    def __init__(self, speak: bool = True, repeat_seconds: float = 1.0) -> None:
+    def __init__(
+        self, speak: bool = True, repeat_seconds: float = 1.0, launcher_seconds: float = 30.0
+    ) -> None:
         self.speak = speak
         self.repeat_seconds = repeat_seconds
+        self.launcher_seconds = launcher_seconds
         self.signum: int | None = None
         """The first signal that this rank got, or None."""
         self._old_handlers: dict[signal.Signals, Any] = {}
@@ -98,7 +103,7 @@ class StopRequest:
                         f"{signal.Signals(signum).name}: writing a checkpoint after this step, then leaving;"
                         " once more leaves at once"
                     )
-                elif now - first > self.repeat_seconds:
+                elif now - first > (self.repeat_seconds if signum == self.signum else self.launcher_seconds):
                     self._tell(f"{signal.Signals(signum).name} again: leaving without a checkpoint")
                     os._exit(128 + signum)
 

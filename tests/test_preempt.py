@@ -44,6 +44,15 @@ def test_a_launcher_that_repeats_itself_asks_once() -> None:
         assert stop.agreed() == signal.SIGINT
 
 
+def test_a_launcher_may_take_its_time() -> None:
+    """Its SIGTERM behind a SIGINT is no second request, also when it comes late; a second SIGINT is one."""
+    with StopRequest(speak=False, repeat_seconds=0.1, launcher_seconds=30.0) as stop:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), signum)
+            time.sleep(0.3)
+        assert stop.agreed() == signal.SIGINT
+
+
 def test_handlers_are_put_back() -> None:
     before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     with StopRequest():
