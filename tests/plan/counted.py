@@ -160,7 +160,9 @@ def count(recipe: dict[str, Any]) -> dict[str, Any]:
     factors = 0 if method is None else method.state_bytes()
     known = {**weights, **masters, **state}
     if method is not None:
-        known |= storages(method.state_tensors().values())
+        # Of K-FAC also what a rank keeps without being the one that writes it into a checkpoint.
+        kept = [f.state() for f in method.factors.values()] if hasattr(method, "factors") else []
+        known |= storages(t for state_ in (*kept, method.state_tensors()) for t in state_.values())
 
     def rest(seen: dict[int, int]) -> int:
         return sum(size for key, size in seen.items() if key not in known and key not in before)
