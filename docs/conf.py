@@ -31,7 +31,7 @@ nitpicky = False
 html_theme = "alabaster"
 html_title = f"dsso {release}"
 html_theme_options = {
-    "description": "Second-order and zeroth-order optimization of large transformers inside DeepSpeed ZeRO, FSDP2 and DDP",
+    "description": "Second-order and zeroth-order optimization of large transformers inside ZeRO, FSDP2 and DDP",
     "page_width": "1100px",
     "sidebar_width": "230px",
     "fixed_sidebar": True,

@@ -171,7 +171,8 @@ def _without(
 ) -> Iterator[tuple[float, float]]:
     kind = "mezo" if method == "MeZO" else "zo_adamu"
     module, more = resolve(kind), {} if method == "MeZO" else {"t3": steps}
-    config = module.Config(lr=rate, eps=EPS, seed=seed, **more)
+    # A course that leaves all bounds is a result here, not an accident.
+    config = module.Config(lr=rate, eps=EPS, seed=seed, skip_slope=None, **more)
     point = _Point(function.start)
     optimizer = ForwardOptimizer([point.home], rate, module.Method(config), kind)
     optimizer.attach(point, {"w": 2})

@@ -88,5 +88,5 @@ def test_tasks_use_known_metrics():
 
 def test_torchmetrics_may_be_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    with pytest.raises(RecipeError, match=r"pip install 'dsso\[metrics\]'"):
+    with pytest.raises(RecipeError, match=r"pip install -c constraints.txt -e '\.\[metrics\]'"):
         metrics.require_torchmetrics()
