@@ -165,7 +165,6 @@ def _build_forward(
     """The engine of a method that needs only losses."""
     carrier = make_forward_optimizer(model, resolved.optimizer_type, resolved.optimizer_config)
     scheduler = _scheduler(carrier, ds_config.get("scheduler"))
-    _check_spread(carrier, resolved, engine)
     sizes = (resolved.gas, resolved.micro_batch)
     # The sharded ones are not imported before they are asked for: it is not free.
     if engine == "fsdp2":
@@ -178,22 +177,6 @@ def _build_forward(
 
         return ForwardZero3Engine(model, carrier, device, ds_config, scheduler)
     return ForwardEngine(model.to(device), carrier, device, *sizes, scheduler, stage)
-
-
-def _check_spread(carrier: ForwardOptimizer, resolved: Any, engine: str) -> None:
-    """Refuse directions of its own for every rank where ranks write the slices that others compute with."""
-    method = carrier.forward_method
-    written = method.shows_state or (resolved.precision.dtype != "float32" and not method.stochastic)
-    sharded = (engine == "fsdp2" and written) or (engine == "deepspeed" and resolved.zero_stage == 3)
-    if method.spread and sharded and resolved.world_size > 1:
-        raise RecipeError(
-            "every rank would need weights of its own, and they are written in slices that all compute with",
-            where="optimizer.params.spread",
-            got=True,
-            allowed="replicas (ddp, ZeRO 0 to 2), or fsdp2 (in fp32, or with rounding stochastic) with a method whose"
-            " directions have no state",
-            remedy="set optimizer.params.spread to false, or change the engine",
-        )
 
 
 def _engine(resolved: Any, environment: Environment) -> str:

@@ -24,6 +24,7 @@ from dsso.errors import RecipeError, RunError
 from dsso.optim import resolve
 from dsso.parallel import collectives, noise
 from dsso.parallel.collectives import gather_objects
+from tests.optim.forward import Head
 from tests.scenarios import report
 
 CPU = torch.device("cpu")
@@ -36,19 +37,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "ZO_AdaMU": {"lr": 1e-3, "t3": 9},
     "HiZOO": {"smooth": 0.1},
 }
-
-
-class Head(nn.Module):
-    """Whose bias is that of its layer as well, as in the heads of masked language models."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.decoder = nn.Linear(width, 11)
-        self.bias = nn.Parameter(torch.linspace(-0.1, 0.1, 11))
-        self.decoder.bias = self.bias
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.decoder(h)
 
 
 class Net(nn.Module):
