@@ -13,6 +13,7 @@ the other kind within `launcher_seconds`.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -25,6 +26,8 @@ from dsso.parallel.collectives import any_flag, gather_objects
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What counts as a stop request."""
+
+_TOGETHER_SECONDS = 0.02
 
 
 class StopRequest:
@@ -91,8 +94,14 @@ class StopRequest:
 
     def _watch(self) -> None:
         first: float | None = None
-        while data := os.read(self._read_fd, 64):
-            for signum in data:
+        while True:
+            select.select([self._read_fd], [], [])
+            # Of two signals that were pending together the kernel runs the handler of the later number first.
+            time.sleep(_TOGETHER_SECONDS)
+            data = os.read(self._read_fd, 64)
+            if not data:
+                return
+            for signum in sorted(data):
                 if signum not in SIGNALS:
                     continue
                 now = time.monotonic()

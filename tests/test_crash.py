@@ -179,9 +179,10 @@ def pair(pipe: Any, directory: Path, first: int, number: int, store: str) -> Non
 @pytest.mark.slow
 @pytest.mark.dist
 def test_one_of_two_ranks_is_killed(tmp_path: Path) -> None:
-    chance, directory, reached = random.Random(2), tmp_path / "checkpoints", 1
+    chance, directory, reached, turn = random.Random(2), tmp_path / "checkpoints", 1, 0
     pace = seconds_of_a_save(directory)
-    for turn in range(KILLS):
+    # Where two ranks share a busy core a kill may come before their first save: more of them, within reason.
+    while turn < KILLS or (reached <= KILLS / 2 and turn < 3 * KILLS):
         store = str(tmp_path / f"store{turn}")
         silent, far = FORK.Pipe(duplex=False)
         other = FORK.Process(target=pair, args=(far, directory, reached, 1 - turn % 2, store))
@@ -190,5 +191,5 @@ def test_one_of_two_ranks_is_killed(tmp_path: Path) -> None:
         other.join(30)  # it notices, and ends with an error
         assert other.exitcode not in (None, 0)
         silent.close()
-        reached = check(directory, told)
-    assert reached > KILLS / 2
+        reached, turn = check(directory, told), turn + 1
+    assert reached > KILLS / 2, "hardly any was written: the kills prove nothing"

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,19 @@ def test_a_launcher_may_take_its_time() -> None:
             os.kill(os.getpid(), signum)
             time.sleep(0.3)
         assert stop.agreed() == signal.SIGINT
+
+
+def test_of_two_that_come_together_the_one_of_the_terminal_counts(capfd: pytest.CaptureFixture[str]) -> None:
+    """A rank that had no time to run gets Ctrl-C and its launcher's SIGTERM at once, the later number first."""
+    both = {signal.SIGINT, signal.SIGTERM}
+    with StopRequest() as stop:
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        for signum in sorted(both):
+            signal.pthread_kill(threading.main_thread().ident or 0, signum)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+        time.sleep(0.1)
+        assert stop.agreed() == signal.SIGINT
+    assert "SIGINT: writing a checkpoint after this step" in capfd.readouterr().err
 
 
 def test_handlers_are_put_back() -> None:

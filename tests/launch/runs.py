@@ -140,7 +140,7 @@ def interrupted(command: Sequence[str], out: Path) -> tuple[int, str]:
 def check_interrupted(status: int, told: str, out: Path) -> None:
     """One whole checkpoint is there, and it was said once how to go on."""
     assert status != 0
-    assert "SIGINT: writing a checkpoint after this step" in told
+    assert "SIGINT: writing a checkpoint after this step" in told, told
     assert told.count("--resume auto goes on") == 1
     assert len(checkpoints(out)) == 1
     assert (out / "checkpoints" / checkpoints(out)[0] / "manifest.json").is_file()
