@@ -21,6 +21,7 @@ SMALL = ("tiny", "minilm")
 TITLES = {
     "KFAC": "K-FAC",
     "SHAMPOO": "Shampoo",
+    "SOAP": "SOAP",
     "MEZO": "MeZO",
     "ZO_ADAM": "MeZO-Adam",
     "ZO_ADAMM": "ZO-AdaMM",

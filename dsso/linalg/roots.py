@@ -1,4 +1,4 @@
-"""Eigendecompositions that do not break a run, and inverse roots of positive semi-definite matrices.
+"""Eigendecompositions that do not break a run, inverse roots of matrices, and eigenbases that follow them.
 
 Legend of shape suffixes: `D` side of the matrix.
 
@@ -7,10 +7,11 @@ Formulas, with A = V diag(w) V^T:
 - inverse root      (A + e I)^-s = V diag((w + e)^-s) V^T
 - coupled Newton    X <- X T, M <- T^p M with T = ((p + 1) I - M) / p, from X = z^(1/p) I and M = z A,
                     z = (1 + p) / (2 |A|): X -> A^(-1/p) and M -> I               Guo and Higham 2006, eq. 3.2
+- power iteration   Q <- qr((A + r I) Q): turns a basis towards the eigenvectors   Vyas et al. 2024, algorithm 4
 
-Sources: Gupta, Koren, Singer 2018 (roots of Shampoo); Anil et al. 2020 (coupled Newton for them). Deviation:
-decompositions are made in float64 where float32 fails, and on the host where the device fails; a failure is a value,
-not an exception.
+Sources: Gupta, Koren, Singer 2018 (roots of Shampoo); Anil et al. 2020 (coupled Newton for them); Vyas et al. 2024
+(SOAP). Deviations: decompositions are made in float64 where float32 fails, and on the host where the device fails; a
+failure is a value, not an exception; power iteration may have a ridge r.
 """
 
 from __future__ import annotations
@@ -102,3 +103,34 @@ def newton_root(
             break
         root_DD, m_DD, error = next_DD, next_m_DD, next_error
     return (root_DD + root_DD.mT) / 2, not bool(error <= tolerance)
+
+
+def eigenbasis(x_DD: Tensor) -> tuple[Tensor, bool]:
+    """Eigenvectors by falling eigenvalue, and whether the decomposition failed (the identity then)."""
+    _, v_DD, failed = eigh(x_DD)
+    return v_DD if failed else v_DD.flip(1), failed
+
+
+def turned_basis(x_DD: Tensor, basis_DD: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
+    """One step of orthogonal iteration on X + r I, r = ridge trace(X) / D.
+
+    The ridge leaves eigenvectors as they are and slows down those with eigenvalues below r. In return the new basis
+    is a smooth function of X: without it, directions that X says nothing about are made of rounding errors. Without a
+    ridge columns are sorted by what they hold of X, as published; with one they are not, because rounding decides
+    between those that hold the same. The iteration itself brings the large ones to the front.
+
+    Args:
+        x_DD: symmetric positive semi-definite, not zero.
+        basis_DD: orthonormal columns.
+        ridge: 0 or more.
+
+    Returns:
+        `(Q_DD, order_D)`: the new basis, and the places that its columns had in the old one; not finite values where
+        `x_DD` has some.
+    """
+    moved_DD = x_DD @ basis_DD
+    if ridge:
+        q_DD: Tensor = torch.linalg.qr(moved_DD + ridge * x_DD.diagonal().mean() * basis_DD)[0]
+        return q_DD, torch.arange(len(x_DD), device=x_DD.device)
+    order_D = torch.einsum("ij,ij->j", basis_DD, moved_DD).argsort(descending=True)
+    return torch.linalg.qr(moved_DD[:, order_D])[0], order_D

@@ -13,7 +13,7 @@ do not.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -58,6 +58,8 @@ class MatrixBlock(ABC):
     """
 
     usable: bool = False
+    refreshed_last: ClassVar[bool] = False
+    """Refreshed after it has acted: the preconditioner of a step has not seen the step's gradient."""
 
     @abstractmethod
     def __init__(self, sides: tuple[int, ...], config: Any, like: Tensor) -> None: ...
@@ -232,6 +234,8 @@ class MatrixMethod(GradientMethod):
         """Take the gradients in, refresh what is due, and let the blocks act."""
         step, take = self._steps - 1, ~self._bad
         due = set(self._states if self._all else self._stagger.due(self.config.refresh_interval, step))
+        if due and bool(self._bad):
+            due = set()  # nothing new to learn from; the next window renews all of them
         updates: dict[str, Tensor] = {}
         failed = missing = 0
         waiting = self._like
@@ -241,16 +245,24 @@ class MatrixMethod(GradientMethod):
             for block in blocks:
                 state, gradient = self._states[block.key], block.of(whole)
                 state.average(gradient, take)
-                if block.key in due:
-                    failed += state.refresh()
-                    self._refreshed[block.key] = step
+                if not state.refreshed_last:
+                    failed += self._refresh(block.key, due, step)
                 block.of(updates[name]).copy_(state.act(gradient, step))
+                if state.refreshed_last:
+                    failed += self._refresh(block.key, due, step)
                 if not state.ready(step):
                     missing += 1
                     # A parameter that the loss does not reach is not waited for.
                     waiting = waiting + (gradient.abs().max() > 0).to(waiting.dtype)
         host = torch.tensor([failed, missing], dtype=waiting.dtype, device="cpu")
         return updates, torch.cat([waiting.reshape(1), host.to(waiting.device, non_blocking=True)])
+
+    def _refresh(self, key: str, due: Collection[str], step: int) -> bool:
+        """Renew a block's preconditioner where it is due; whether that failed."""
+        if key not in due:
+            return False
+        self._refreshed[key] = step
+        return self._states[key].refresh()
 
     # -- state --------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Roots against dense float64, and what happens when a decomposition fails."""
+"""Roots and bases against dense float64, and what happens when a decomposition fails."""
 
 from __future__ import annotations
 
@@ -82,3 +82,34 @@ def test_a_failed_decomposition_is_repeated_in_float64(
 
 def test_newton_says_when_it_did_not_get_there() -> None:
     assert roots.newton_root(_psd(8, 8, 0), 4, 1e-9, most=3)[1]
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.01])
+def test_turning_leads_to_the_eigenvectors(ridge: float) -> None:
+    torch.manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))
+    x_DD = basis * torch.logspace(0, -3, 8, dtype=torch.float64) @ basis.mT
+    q_DD = torch.eye(8, dtype=torch.float64)
+    for _ in range(400 if ridge else 60):
+        q_DD, order_D = roots.turned_basis(x_DD, q_DD, ridge)
+    torch.testing.assert_close(q_DD.abs(), basis.abs(), rtol=1e-6, atol=1e-6)
+    assert order_D.tolist() == list(range(8))
+    # Without a ridge a basis whose columns are in another order is sorted, and says where they were.
+    _, order_D = roots.turned_basis(x_DD, basis[:, [3, 0, 1, 2, 4, 5, 6, 7]], ridge)
+    assert order_D.tolist() == ([0, 1, 2, 3, 4, 5, 6, 7] if ridge else [1, 2, 3, 0, 4, 5, 6, 7])
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_with_a_ridge_bases_do_not_follow_rounding(rank: int) -> None:
+    exact_DD = _psd(12, rank, rank)
+    found = []
+    for seed in (1, 2):
+        noise_DD = torch.randn(12, 12, generator=torch.Generator().manual_seed(seed)) * 1e-7
+        x_DD = exact_DD.float() + (noise_DD + noise_DD.mT) * exact_DD.diagonal().max().float()
+        q_DD = torch.eye(12)
+        for _ in range(5):
+            q_DD, _ = roots.turned_basis(x_DD, q_DD, 0.1)
+            torch.testing.assert_close(q_DD.mT @ q_DD, torch.eye(12), rtol=1e-5, atol=1e-5)
+        found.append(q_DD)
+    # But for a column's sign, which nothing depends on.
+    assert ((found[0] * found[1]).sum(0).abs() - 1).abs().max() < 1e-5
