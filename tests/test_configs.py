@@ -22,6 +22,7 @@ TITLES = {
     "KFAC": "K-FAC",
     "SHAMPOO": "Shampoo",
     "SOAP": "SOAP",
+    "PSGD": "PSGD",
     "MEZO": "MeZO",
     "ZO_ADAM": "MeZO-Adam",
     "ZO_ADAMM": "ZO-AdaMM",

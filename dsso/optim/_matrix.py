@@ -12,6 +12,7 @@ do not.
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -55,9 +56,11 @@ class MatrixBlock(ABC):
 
     Attributes:
         usable: there is a preconditioner; host-side, set by `refresh` and by a checkpoint.
+        seed: for numbers that a block draws; a function of its key alone.
     """
 
     usable: bool = False
+    seed: int = 0
     refreshed_last: ClassVar[bool] = False
     """Refreshed after it has acted: the preconditioner of a step has not seen the step's gradient."""
 
@@ -191,6 +194,8 @@ class MatrixMethod(GradientMethod):
         self._like = torch.zeros((), dtype=torch.float64 if doubles else torch.float32, device=device)
         self._mine = {name: bs for name, bs in self.layout.blocks.items() if self.owners[name] == rank}
         self._states = {b.key: self.block(b.sides, config, self._like) for b in self.layout.held_by(rank)}
+        for key, state in self._states.items():
+            state.seed = zlib.crc32(key.encode())
         self._refreshed: dict[str, int | None] = dict.fromkeys(self._states)
         self._stagger = Stagger({key: c.refresh for key, c in self.layout.costs.items()}, config.stagger)
         self._matrices = {n for n, p in model.named_parameters() if p.requires_grad and p.dim() > 1}

@@ -1,0 +1,199 @@
+"""PSGD with Kronecker factors: a preconditioner that is learnt step by step to whiten the gradient.
+
+For a block with averaged gradient G of sides d_1 .. d_k, upper triangular Q_i of those that are preconditioned, and a
+fresh V of standard normal numbers,
+
+    A    = (G + e |G| V) x_1 Q_1 ... x_k Q_k             |G|: root mean square
+    B    = V x_1 Q_1^-T ... x_k Q_k^-T
+    Q_i <- Q_i - mu / |A_i A_i^T + B_i B_i^T| triu(A_i A_i^T - B_i B_i^T) Q_i        (unfoldings along side i)
+    U    = G x_1 Q_1^T Q_1 ... x_k Q_k^T Q_k
+
+which is relative gradient descent of c(P) = E[g^T P g + v^T P^-1 v] over P = (Q^T Q) (x) ..., least where
+P E[g g^T] P = I.
+
+Sources: Li 2018, *Preconditioned stochastic gradient descent* (criterion, fitting on Lie groups); Li 2019,
+*Preconditioner on matrix Lie group for SGD* (Kronecker factors); Pooladzandi, Li 2024, *Curvature-informed SGD via
+general purpose Lie-group preconditioners* (whitening; updates at a falling rate). Deviations: instead of an update with
+probability p one every 1 / p steps, spread over the blocks, so that no step is longer than another; the first gradient
+sets the scale of Q, so that whitening does not begin with a search for it; e is relative, because a direction that has
+no gradient would otherwise be amplified without end; of a long and narrow block only the short side is preconditioned.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dsso.clip import ClipMode
+from dsso.linalg.kron import TINY
+from dsso.optim._matrix import BlockCost, MatrixBlock, MatrixMethod
+from dsso.optim._matrix_config import MatrixConfig
+from dsso.optim._unfold import along, gram
+from dsso.schedule import Interval
+
+__all__ = ["Config", "Method", "fit"]
+
+
+class Config(MatrixConfig):
+    """Parameters of PSGD (`optimizer.params`)."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    """Learning rate, of the size of Adam's or a little less."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """m <- momentum m + u on clipped updates, on top of `beta1`."""
+    clip: ClipMode = "none"
+    """What `tau` bounds: nothing, the gradient norm (`pre`) or the norm of the update (`post`), which of a whitened
+    gradient is about the root of the number of elements."""
+    refresh_interval: Interval = Interval(((0, 1), (500, 2), (1200, 4), (1900, 8), (2600, 16), (3500, 33)))
+    """Steps between two updates of a block's preconditioner: the rate of the published probabilities, 1 at first and
+    0.03 in the end."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the averaged gradient that is whitened; 0: the gradient itself."""
+    precondition_lr: float = Field(default=0.1, gt=0, lt=1)
+    """mu, the step of the preconditioner, relative to the norm of what it is made of. Below 1 Q stays invertible."""
+    damping: float = Field(default=1e-3, ge=0)
+    """e: numbers of this size relative to the gradient are added to it where Q learns."""
+    max_rms: float | None = Field(default=1.1, gt=0)
+    """Bound on the root mean square of a block's update; null: none."""
+
+
+def fit(factors: list[Tensor], dims: tuple[int, ...], h: Tensor, v: Tensor, rate: float) -> list[Tensor]:
+    """One step of the factors towards c(P) = h^T P h + v^T P^-1 v at its least.
+
+    With v the noise and h a gradient they learn to whiten; with v a displacement and h the change of the gradient that
+    it causes (a Hessian product), to invert the curvature.
+
+    Args:
+        factors: upper triangular, [D, D] each.
+        dims: sides of `h` that they belong to.
+        h: gradient or Hessian product.
+        v: of its shape.
+        rate: mu.
+
+    Returns:
+        New factors, balanced: their product is what counts, so all get the same largest entry.
+    """
+    a, b = h, v
+    for q_DD, dim in zip(factors, dims, strict=True):
+        a = along(q_DD, a, dim)
+        b = _solved(q_DD, b, dim)
+    out = []
+    for q_DD, dim in zip(factors, dims, strict=True):
+        a_DD, b_DD = gram(a, dim), gram(b, dim)
+        length = _norm(a_DD + b_DD)
+        out.append(q_DD - torch.triu(a_DD - b_DD) @ q_DD * (rate / length.clamp_min(TINY)))
+    sizes = torch.stack([q_DD.abs().max() for q_DD in out])
+    even = sizes.log().mean().exp()
+    return [q_DD * (even / size) for q_DD, size in zip(out, sizes.unbind(), strict=True)]
+
+
+def _solved(q_DD: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Q^-T along a side."""
+    moved = x.movedim(dim, 0)
+    flat_DN = moved.reshape(moved.shape[0], -1)
+    solved_DN: Tensor = torch.linalg.solve_triangular(q_DD.mT, flat_DN, upper=False)
+    return solved_DN.view(moved.shape).movedim(0, dim)
+
+
+def _norm(x_DD: Tensor, rounds: int = 3) -> Tensor:
+    """Largest eigenvalue of a positive semi-definite matrix from below, by power iteration from a fixed vector."""
+    generator = torch.Generator(x_DD.device).manual_seed(0)
+    y_D = torch.randn(len(x_DD), generator=generator, dtype=x_DD.dtype, device=x_DD.device)
+    for _ in range(rounds):
+        y_D = x_DD @ (y_D / y_D.norm().clamp_min(TINY))
+    length: Tensor = y_D.norm()
+    return length
+
+
+class Block(MatrixBlock):
+    """Triangular factors of the sides, and the averaged gradient."""
+
+    def __init__(self, sides: tuple[int, ...], config: Config, like: Tensor) -> None:
+        self._config = config
+        self._kept = config.kept_sides(sides)
+        self._factors = [torch.eye(sides[dim], dtype=like.dtype, device=like.device) for dim in self._kept]
+        self._mean = like.new_zeros(sides) if config.beta1 else None
+        self._count, self._turns = like.new_zeros(()), like.new_zeros(())
+        self._latest: Tensor | None = None
+
+    @staticmethod
+    def cost(sides: tuple[int, ...], config: Any) -> BlockCost:
+        """A square a side; solves and products for an update of Q, two products a side for a step."""
+        whole = math.prod(sides)
+        kept = [sides[dim] for dim in config.kept_sides(sides)]
+        return BlockCost(
+            elements=sum(side * side for side in kept) + bool(config.beta1) * whole + 2,
+            refresh=sum(3.5 * side * whole + side**3 for side in kept),
+            step=sum(2.0 * side * whole for side in kept),
+        )
+
+    def average(self, gradient: Tensor, take: Tensor) -> None:
+        """M."""
+        one = torch.ones_like(self._count)
+        self._count.add_(torch.where(take, one, 0.0))
+        if self._mean is None:
+            self._latest = gradient
+            return
+        beta1 = self._config.beta1
+        keep, new = torch.where(take, beta1 * one, one), torch.where(take, (1 - beta1) * one, 0.0)
+        self._mean.mul_(keep).add_(gradient * new)
+        self._latest = self._mean / (1 - beta1**self._count).clamp_min(TINY)
+
+    def refresh(self) -> bool:
+        """One update of the factors; all of them, or none."""
+        config, g = self._config, self._latest
+        assert g is not None
+        level = g.square().mean().sqrt()
+        if not level > TINY:
+            # No loss has reached the parameter yet, or its gradient is zero for once: nothing to learn from.
+            return bool(~level.isfinite())
+        factors = self._factors
+        if not self.usable:
+            # P of a gradient of that size is its inverse: the sides share it.
+            scale = level ** (-0.5 / len(factors))
+            factors = [q_DD * scale for q_DD in factors]
+        turns = int(self._turns)
+        generator = torch.Generator(g.device).manual_seed((self.seed << 24) + turns)
+        v = torch.randn(g.shape, generator=generator, dtype=g.dtype, device=g.device)
+        found = fit(factors, self._kept, g + config.damping * level * v, v, config.precondition_lr)
+        if not torch.stack([q_DD.isfinite().all() for q_DD in found]).all():
+            return True
+        for mine_DD, q_DD in zip(self._factors, found, strict=True):
+            mine_DD.copy_(q_DD)
+        self._turns += 1
+        self.usable = True
+        return False
+
+    def act(self, gradient: Tensor, step: int) -> Tensor:
+        """The whitened average; nothing before there are factors."""
+        update = self._latest
+        if not self.usable or update is None:
+            return torch.zeros_like(gradient)
+        for q_DD, dim in zip(self._factors, self._kept, strict=True):
+            update = along(q_DD.mT, along(q_DD, update, dim), dim)
+        if self._config.max_rms is not None:
+            rms = update.square().mean().sqrt()
+            update = update * (self._config.max_rms / rms.clamp_min(TINY)).clamp_max(1.0)
+        return update
+
+    def ready(self, step: int) -> bool:
+        """There are factors."""
+        return self.usable
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors."""
+        out = {"count": self._count, "turns": self._turns}
+        out |= {f"factor{dim}": q_DD for dim, q_DD in zip(self._kept, self._factors, strict=True)}
+        if self._mean is not None:
+            out["mean"] = self._mean
+        return out
+
+
+class Method(MatrixMethod):
+    """PSGD on the matrices of a model."""
+
+    block = Block
