@@ -10,8 +10,8 @@ Formulas, with A = V diag(w) V^T:
 - power iteration   Q <- qr((A + r I) Q): turns a basis towards the eigenvectors   Vyas et al. 2024, algorithm 4
 
 Sources: Gupta, Koren, Singer 2018 (roots of Shampoo); Anil et al. 2020 (coupled Newton for them); Vyas et al. 2024
-(SOAP). Deviations: decompositions are made in float64 where float32 fails, and on the host where the device fails; a
-failure is a value, not an exception; power iteration may have a ridge r.
+(SOAP). Deviations: decompositions are made in float64, and on the host where the device fails; a failure is a value,
+not an exception; power iteration may have a ridge r.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from torch import Tensor
 def eigh(x_DD: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Eigenvalues (ascending) and eigenvectors of a symmetric matrix, and whether all attempts failed.
 
-    Attempts: as it is; in float64; in float64 on the host. Asks the device whether each has worked.
+    In float64, because an inverse root blows up what a decomposition in float32 leaves of its small eigenvalues; where
+    that fails, on the host. Asks the device whether each attempt has worked.
 
     Args:
         x_DD: symmetric; only the lower triangle is read.
 
     Returns:
-        `(w_D, V_DD, failed)` in the dtype and on the device of `x_DD`; zeros and the identity where it failed.
+        `(w_D, V_DD, failed)` in float64 on the device of `x_DD`; zeros and the identity where it failed.
     """
     if torch.isfinite(x_DD).all():
         for attempt in _attempts(x_DD):
@@ -42,15 +43,13 @@ def eigh(x_DD: Tensor) -> tuple[Tensor, Tensor, bool]:
             except RuntimeError:  # torch.linalg.LinAlgError is one, and so is what a device library reports
                 continue
             if torch.isfinite(w_D).all() and torch.isfinite(v_DD).all():
-                return w_D.to(x_DD), v_DD.to(x_DD), False
-    side = x_DD.shape[0]
-    return x_DD.new_zeros(side), torch.eye(side, dtype=x_DD.dtype, device=x_DD.device), True
+                return w_D.to(x_DD.device), v_DD.to(x_DD.device), False
+    eye_DD = torch.eye(x_DD.shape[0], dtype=torch.float64, device=x_DD.device)
+    return torch.zeros_like(eye_DD[0]), eye_DD, True
 
 
 def _attempts(x_DD: Tensor) -> Iterator[Tensor]:
-    yield x_DD
-    if x_DD.dtype != torch.float64:
-        yield x_DD.double()
+    yield x_DD.double()
     if x_DD.device.type != "cpu":
         yield x_DD.double().cpu()
 
@@ -67,7 +66,7 @@ def inverse_root(x_DD: Tensor, power: float, shift: Tensor | float) -> tuple[Ten
     """
     w_D, v_DD, failed = eigh(x_DD)
     scaled_DD = v_DD * (w_D.clamp_min(0.0) + shift).pow(-power)
-    return scaled_DD @ v_DD.mT, failed
+    return (scaled_DD @ v_DD.mT).to(x_DD.dtype), failed
 
 
 def newton_root(
@@ -108,7 +107,7 @@ def newton_root(
 def eigenbasis(x_DD: Tensor) -> tuple[Tensor, bool]:
     """Eigenvectors by falling eigenvalue, and whether the decomposition failed (the identity then)."""
     _, v_DD, failed = eigh(x_DD)
-    return v_DD if failed else v_DD.flip(1), failed
+    return (v_DD if failed else v_DD.flip(1)).to(x_DD.dtype), failed
 
 
 def turned_basis(x_DD: Tensor, basis_DD: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
