@@ -7,7 +7,8 @@ With u the preconditioned gradient of all trainable parameters, those of the bas
 - post   u <- min(1, tau / ||u||) u, the Newton-step clip.
 - KL     u <- min(1, sqrt(kappa / (lr^2 <u, g>))) u bounds the change of the predictions of one step.
 
-The learning rate and the weight decay come after. Nothing here synchronizes with the host.
+The learning rate and the weight decay come after. Nothing here synchronizes with the host. `tau` may follow the norms
+of the steps before (`NormQuantile`), the adaptive clipping that the paper leaves to future work.
 
 Source: pre and post: Algorithm 1 of "Applying second order optimization to deep transformers with
 parameter-efficient tuning" (2023). KL: Ba, Grosse, Martens 2017, section 5, as used by public K-FAC code.
@@ -15,6 +16,7 @@ parameter-efficient tuning" (2023). KL: Ba, Grosse, Martens 2017, section 5, as 
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,7 +40,7 @@ class StepNorms(NamedTuple):
 
 
 def clip_scale(
-    norms: StepNorms, mode: ClipMode, tau: float, kl_clip: float | None = None, lr: float = 1.0
+    norms: StepNorms, mode: ClipMode, tau: float | Tensor, kl_clip: float | None = None, lr: float = 1.0
 ) -> Tensor:
     """Factor in (0, 1] for the whole update, a scalar tensor.
 
@@ -60,6 +62,58 @@ def clip_scale(
         scale = scale * torch.where(torch.isnan(bound), 1.0, bound.clamp(max=1.0))
     # 0/0 of a zero gradient: nothing to clip.
     return torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
+
+
+class NormQuantile:
+    """A bound that follows the norms: a quantile of those of the last steps, times a factor.
+
+    Every rank has the same norms, so the bound is the same without a message.
+
+    Args:
+        quantile: in (0, 1).
+        window: so many steps are looked back at; before that many were taken, the given bound holds.
+        factor: times the quantile.
+
+    Attributes:
+        norms: of the last steps, [window]; NaN where none is known.
+    """
+
+    def __init__(self, quantile: float, window: int, factor: float) -> None:
+        self.quantile = quantile
+        self.window = window
+        self.factor = factor
+        self.norms = torch.full((window,), math.nan)
+
+    def bound(self, otherwise: float) -> Tensor:
+        """The bound of the step to come, a scalar tensor.
+
+        Args:
+            otherwise: the bound while the window is not full.
+        """
+        full = self.norms.isfinite().all()
+        level = self.norms.nan_to_num().quantile(self.quantile) * self.factor
+        return torch.where(full, level, otherwise)
+
+    def note(self, step: int, norm: Tensor, bad: Tensor) -> None:
+        """Take in the norm of a step before clipping; one that is dropped leaves its place as it was.
+
+        Args:
+            step: its number.
+            norm: of what is bounded.
+            bad: boolean scalar.
+        """
+        place = self.norms[step % self.window]
+        place.copy_(torch.where(bad, place, norm.to(place.dtype)))
+
+    def state(self) -> list[float | None]:
+        """The norms as JSON."""
+        return [None if math.isnan(norm) else norm for norm in self.norms.tolist()]
+
+    def load(self, state: list[float | None] | None) -> None:
+        """Take over what `state` gave; another length begins anew."""
+        known = [math.nan if norm is None else norm for norm in state or []]
+        if len(known) == self.window:
+            self.norms.copy_(torch.tensor(known))
 
 
 def cosine(norms: StepNorms) -> Tensor:

@@ -242,7 +242,8 @@ class NoopWatch:
         It is told once per stretch of such steps.
         """
         cosine = health.get("cos_update_grad")
-        parallel = cosine is not None and cosine > NOOP_COSINE
+        # Steps of first order before those of the method are what was asked for.
+        parallel = cosine is not None and cosine > NOOP_COSINE and step > self.config.get("warmup_steps", 0)
         if not parallel:
             self._since, self._warned = None, False
         elif self._since is None:

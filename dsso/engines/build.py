@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dsso.clip import NormQuantile
 from dsso.engines.base import EngineBase
 from dsso.engines.ddp import DDPEngine
 from dsso.engines.deepspeed import DeepSpeedEngine
@@ -18,7 +19,7 @@ from dsso.engines.quiet import quiet
 from dsso.engines.single import SingleEngine
 from dsso.errors import RecipeError
 from dsso.optim import available, is_forward, resolve
-from dsso.optim._partition import Clipping, PartitionOptimizer
+from dsso.optim._partition import Clipping, PartitionOptimizer, Warmup
 from dsso.optim._probes import ForwardOptimizer
 from dsso.optim._rules import Rule
 from dsso.parallel import collectives
@@ -53,8 +54,10 @@ def make_optimizer(
         method = resolve(kind).Method(
             config, model, device, collectives.rank(), collectives.world_size(), example
         )
-        clipping = Clipping(config.clip, config.tau, config.kl_clip)
-        return PartitionOptimizer(parameters, config.lr, method.rules(), method, clipping)
+        adaptive = config.adaptive_tau and NormQuantile(**config.adaptive_tau.model_dump())
+        clipping = Clipping(config.clip, config.tau, config.kl_clip, adaptive)
+        warmup = Warmup(config.warmup_steps, config.warmup_scale)
+        return PartitionOptimizer(parameters, config.lr, method.rules(), method, clipping, warmup)
     clipping = Clipping("pre", clip) if clip > 0 else Clipping()
     rules = {n: _baseline_rule(kind, config, p.dim() > 1) for n, p in trainable}
     return PartitionOptimizer(parameters, config.lr, rules, None, clipping)

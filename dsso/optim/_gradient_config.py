@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dsso.clip import ClipMode
 from dsso.config import StrictModel
@@ -34,6 +34,17 @@ class BaseConfig(StrictModel):
     """`all`: the preconditioned gradients pass through this rule as well, instead of SGD with momentum."""
 
 
+class AdaptiveTau(StrictModel):
+    """A bound that follows the norms of the steps before; `tau` holds until `window` steps were taken."""
+
+    quantile: float = Field(default=0.9, gt=0, lt=1)
+    """Of the norms of the last steps, before they were clipped: so large a share of the steps passes."""
+    window: int = Field(default=100, ge=2)
+    """Steps that are looked back at."""
+    factor: float = Field(default=1.0, gt=0)
+    """Times the quantile."""
+
+
 class GradientConfig(StrictModel):
     """What every method on gradients takes."""
 
@@ -47,12 +58,24 @@ class GradientConfig(StrictModel):
     """What `tau` bounds: nothing, the gradient norm (`pre`) or the Newton-step norm (`post`)."""
     tau: Annotated[ScalarSchedule, bounded(gt=0)] = 1.0
     """Largest norm over all trainable parameters and ranks, before the learning rate. A schedule."""
+    adaptive_tau: AdaptiveTau | None = None
+    """The bound as a quantile of the norms of the last steps, instead of `tau`; null: `tau` throughout."""
     kl_clip: float | None = Field(default=None, gt=0)
     """Bound on lr^2 <u, g>, on top of the clip; null: none."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """So many first steps go along the gradient itself, of first order; statistics are taken meanwhile."""
+    warmup_scale: float = Field(default=1.0, gt=0)
+    """Times the gradient in these steps: a learning rate of the second order is rarely one of the first."""
     exclude: list[str] = Field(default_factory=list)
     """Regular expressions on module paths: these layers go to the base method."""
     base: BaseConfig = BaseConfig()
     """The base method."""
+
+    @model_validator(mode="after")
+    def _something_to_adapt(self) -> Self:
+        if self.adaptive_tau is not None and self.clip == "none":
+            raise ValueError("adaptive_tau bounds nothing with clip = none; set clip to pre or post")
+        return self
 
     def rules(
         self, taken: Collection[str], rest: Collection[str], matrices: Collection[str]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsso.clip import ClipMode, StepNorms, clip_scale, cosine
+from dsso.clip import ClipMode, NormQuantile, StepNorms, clip_scale, cosine
 from dsso.optim._rules import Rule, apply_adamw, apply_sgd
 from dsso.optim.base import GradientMethod
 from dsso.parallel import collectives
@@ -36,6 +36,15 @@ class Clipping:
     mode: ClipMode = "none"
     tau: Scalar = 1.0
     kl_clip: float | None = None
+    adaptive: NormQuantile | None = None
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Steps of first order before those of the method."""
+
+    steps: int = 0
+    scale: float = 1.0
 
 
 @dataclass
@@ -58,6 +67,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         rules: base rule of every trainable parameter, by name.
         method: what turns gradients into updates; None leaves all parameters to their rules.
         clipping: bound on the update.
+        warmup: first steps that go along the gradient; the method takes its statistics and refreshes in them.
 
     Attributes:
         steps: calls of `step` so far; skipped ones count, steps that the engine itself dropped do not.
@@ -73,11 +83,13 @@ class PartitionOptimizer(torch.optim.Optimizer):
         rules: Mapping[str, Rule],
         method: GradientMethod | None,
         clipping: Clipping,
+        warmup: Warmup = Warmup(),
     ) -> None:
         super().__init__([{"params": list(params)}], {"lr": lr})
         self.rules = dict(rules)
         self.method = method
         self.clipping = clipping
+        self.warmup = warmup
         self.steps = 0
         self.skipped = 0
         self.consecutive_skips = 0
@@ -93,7 +105,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self._outcome = Deferred()
         self._retry = False
         self._norms: StepNorms | None = None
-        self._scale = torch.ones(())
+        self._scale = self._tau = torch.ones(())
         self._clip_events = torch.zeros(())
         self._failures = self._without = torch.zeros(())
 
@@ -137,6 +149,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
         device = self._buffers[0].device
         self._scale = torch.ones((), device=device)
         self._clip_events = torch.zeros((), device=device)
+        if self.clipping.adaptive is not None:
+            self.clipping.adaptive.norms = self.clipping.adaptive.norms.to(device)
         self._failures = self._without = torch.zeros((), device=device)
         self._allocate()
         return table
@@ -220,6 +234,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
             owned = self._exchange.gather(gradients) if self._exchange else {}
             lost = self._update_statistics(gradients, lost)
             updates, figures = self.method.precondition(owned)
+            if self.steps < self.warmup.steps:
+                updates = {name: owned[name] * self.warmup.scale for name in updates}
         self._norms = self._reduce(gradients, owned, updates, lost, figures)
         self._finish(gradients, updates, lr)
         self.steps += 1
@@ -269,11 +285,15 @@ class PartitionOptimizer(torch.optim.Optimizer):
     def _finish(self, gradients: list[Tensor], updates: Mapping[str, Tensor], lr: float) -> None:
         """Write the updates back, scale them, apply the base rules."""
         assert self._norms is not None
-        clipping = self.clipping
-        self._scale = clip_scale(
-            self._norms, clipping.mode, value(clipping.tau, self.steps), clipping.kl_clip, lr
-        )
-        self._clip_events += ((self._scale < 1.0) & ~self._norms.bad).to(torch.float32)
+        clipping, norms = self.clipping, self._norms
+        fixed = value(clipping.tau, self.steps)
+        tau: float | Tensor = fixed
+        if clipping.adaptive is not None:
+            tau = self._tau = clipping.adaptive.bound(fixed)
+            bounded = norms.gg if clipping.mode == "pre" else norms.uu
+            clipping.adaptive.note(self.steps, bounded.sqrt(), norms.bad)
+        self._scale = clip_scale(norms, clipping.mode, tau, clipping.kl_clip, lr)
+        self._clip_events += ((self._scale < 1.0) & ~norms.bad).to(torch.float32)
         if self._exchange is not None:
             self._exchange.scatter(updates, gradients)
         if clipping.mode != "none" or clipping.kl_clip is not None:
@@ -350,6 +370,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
         out["skipped_steps"] = float(self.skipped + bad)
         out["consecutive_skips"] = float(self.consecutive_skips + 1 if bad else 0)
         out["tau"] = value(self.clipping.tau, max(self.steps - 1, 0))
+        if self.clipping.adaptive is not None:
+            out["tau"] = float(self._tau)
         if self.method is not None:
             out.update(self.method.health())
             out["factor_failures"], out["layers_without_factors"] = figures[6:]
@@ -389,6 +411,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
             "outcome": self._outcome.peek(),
             "clip_events": float(self._clip_events.item()),
             "failures": float(self._failures.item()),
+            "norms": None if self.clipping.adaptive is None else self.clipping.adaptive.state(),
             "method": None if self.method is None else self.method.counters(),
         }
 
@@ -402,6 +425,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self._retry = bool(state["retry"])
         self._clip_events.fill_(float(state["clip_events"]))
         self._failures = torch.full_like(self._clip_events, float(state["failures"]))
+        if self.clipping.adaptive is not None:
+            self.clipping.adaptive.load(state.get("norms"))
         if state["outcome"] is not None:
             self._outcome.push(torch.tensor(state["outcome"]))
         if self.method is not None and state["method"] is not None:

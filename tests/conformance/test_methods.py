@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,15 @@ from tests.house.files import ROOT
 from tests.plan.cases import on_meta, other, planned, recipe
 
 every_method = pytest.mark.parametrize("kind", METHODS)
+every_option = pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clip": "post", "adaptive_tau": {"window": 4, "quantile": 0.5}},
+        {"warmup_steps": 3, "clip": "pre", "tau": 0.5},
+    ],
+    ids=["plain", "adaptive", "warmup"],
+)
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
@@ -35,11 +45,12 @@ def state(engine: object) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in method.state_tensors().items()}
 
 
+@every_option
 @every_method
-def test_accumulated_micro_batches_equal_one_batch(kind: str) -> None:
-    one, four = made(kind, net(torch.float64)), made(kind, net(torch.float64), gas=4)
+def test_accumulated_micro_batches_equal_one_batch(kind: str, options: dict[str, Any]) -> None:
+    one, four = made(kind, net(torch.float64), **options), made(kind, net(torch.float64), gas=4, **options)
     before = weights(one)
-    for seed in range(5):
+    for seed in range(6):
         step(one, seed)
         step(four, seed)
     assert not same(weights(one), before)
@@ -48,9 +59,12 @@ def test_accumulated_micro_batches_equal_one_batch(kind: str) -> None:
         torch.testing.assert_close(weights(four)[name], value, rtol=1e-8, atol=1e-8)
 
 
+@every_option
 @every_method
-def test_a_checkpoint_within_an_interval_goes_on_exactly(kind: str, tmp_path: Path) -> None:
-    straight, resumed = made(kind, net()), made(kind, net())
+def test_a_checkpoint_within_an_interval_goes_on_exactly(
+    kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    straight, resumed = made(kind, net(), **options), made(kind, net(), **options)
     for seed in range(10):
         if seed == 6:
             straight.save_checkpoint(tmp_path, "here", {})

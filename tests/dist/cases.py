@@ -35,7 +35,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-full": ("tiny-llama", {"type": "none"}),
     "bert-adapter": ("tiny-bert", {"type": "adapter", "bottleneck": 8}),
 }
-SHAPING = ("low_rank", "low_rank_above", "low_rank_energy", "block_side", "token_stride", "async_delay", "stagger")
+SHAPING = ("low_rank", "low_rank_above", "low_rank_energy", "block_side", "token_stride", "async_delay", "stagger",
+           "adaptive_tau", "warmup_steps")
 """Settings that the step itself depends on."""
 CHECKPOINTING = ("none", "reentrant", "non_reentrant")
 
@@ -56,6 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "inverses": {"apply": "inverse", "strategy": "hybrid_optimal", "block_side": 23},
     "communication": {"strategy": "communication_optimal"},
     "hybrid": {"strategy": "hybrid_optimal", "grad_worker_fraction": 0.67},
+    "adaptive": {"adaptive_tau": {"window": 2, "quantile": 0.5}, "warmup_steps": 2},
     "mixture": {
         "low_rank": 6,
         "low_rank_above": 24,
