@@ -110,7 +110,7 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "zero-3 fp32 shampoo": other("SHAMPOO", recipe("zero-3", model="tiny-roberta"), grafting="none", beta1=0),
     "fsdp2 fp32 lora shampoo": other("SHAMPOO", recipe("fsdp2", model="tiny-t5", peft=LORA), momentum=0.5),
     "zero-2 bf16 soap": other("SOAP", recipe("zero-2", "bf16"), block_side=48),
-    "ddp fp32 lora psgd": other("PSGD", recipe("ddp", model="tiny-t5", peft=LORA), beta1=0),
+    "ddp fp32 lora psgd": other("PSGD", recipe("ddp", model="tiny-t5", peft=LORA), momentum=0.5),
     "zero-2 fp32 inverses": recipe("zero-2", params={"apply": "inverse"}),
     "zero-2 bf16 accumulated": recipe("zero-2", "bf16", gas=2),
     "zero-2 fp32 lora accumulated at the owners": recipe(
