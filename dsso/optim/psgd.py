@@ -170,7 +170,8 @@ class Block(MatrixBlock):
 
     def act(self, gradient: Tensor, step: int) -> Tensor:
         """The whitened average; nothing before there are factors."""
-        update = self._latest
+        # Nothing of the size of a gradient outlives the step.
+        update, self._latest = self._latest, None
         if not self.usable or update is None:
             return torch.zeros_like(gradient)
         for q_DD, dim in zip(self._factors, self._kept, strict=True):
