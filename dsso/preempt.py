@@ -94,8 +94,11 @@ class StopRequest:
 
     def _watch(self) -> None:
         first: float | None = None
+        # Not select(), which takes no descriptor above 1023.
+        coming = select.poll()
+        coming.register(self._read_fd, select.POLLIN)
         while True:
-            select.select([self._read_fd], [], [])
+            coming.poll()
             # Of two signals that were pending together the kernel runs the handler of the later number first.
             time.sleep(_TOGETHER_SECONDS)
             data = os.read(self._read_fd, 64)

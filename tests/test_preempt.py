@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -65,6 +66,25 @@ def test_of_two_that_come_together_the_one_of_the_terminal_counts(capfd: pytest.
         time.sleep(0.1)
         assert stop.agreed() == signal.SIGINT
     assert "SIGINT: writing a checkpoint after this step" in capfd.readouterr().err
+
+
+def test_a_process_with_many_open_files_hears_as_well() -> None:
+    """Descriptors above 1023, of which `select` knows nothing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, hard), hard))
+    held = []
+    try:
+        held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+        with StopRequest(speak=False) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+            assert stop.agreed() == signal.SIGTERM
+            assert stop._thread is not None
+            assert stop._thread.is_alive()
+    finally:
+        for one in held:
+            os.close(one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_handlers_are_put_back() -> None:
