@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,9 @@ from dsso.engines.base import EngineBase
 from dsso.engines.forward import ForwardEngine
 from dsso.parallel import collectives
 from dsso.recipe import load_recipe
+
+# Seconds between two looks at the tensors that are alive.
+SETTLE = 0.1
 
 
 def _plain(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -49,7 +53,22 @@ def storages(tensors: Iterable[Tensor], integers: bool = True) -> dict[int, int]
 
 
 def alive() -> dict[int, int]:
-    """The memory of every tensor that Python can reach, but for batches, which are integers."""
+    """The memory of every tensor that Python can reach, but for batches, which are integers.
+
+    A thread of gloo may hold what it has just sent for some milliseconds after the collective returned, and with
+    it the Python object: looked at again until nothing goes away any more.
+    """
+    found = _reachable()
+    while collectives.world_size() > 1:
+        time.sleep(SETTLE)
+        again = _reachable()
+        if again.keys() >= found.keys():
+            break
+        found = again
+    return found
+
+
+def _reachable() -> dict[int, int]:
     gc.collect()
     found: list[Tensor] = []
     with warnings.catch_warnings():
