@@ -1,9 +1,10 @@
 """`launch/train.py` with something going wrong on one rank at one step: `DSSO_FAULT=kind:rank:step`.
 
 Kinds: `nan` (the loss, from that step on), `die` (SIGKILL), `raise` (an error nobody foresaw), `hang`, `term`
-(SIGTERM), `full` (no room on the disk while that rank writes its part of the checkpoint after `step` steps). And with
-the number of the refresh in the place of the step: `stop-statistics` (asleep before the first bucket of statistics
-leaves), `stop-refresh` and `die-refresh` (asleep, or killed, between its statistics and the end of the factorizations).
+(SIGTERM), `drift` (one bit of its copy of the first trained parameter flips), `full` (no room on the disk while that
+rank writes its part of the checkpoint after `step` steps). And with the number of the refresh in the place of the step:
+`stop-statistics` (asleep before the first bucket of statistics leaves), `stop-refresh` and `die-refresh` (asleep, or
+killed, between its statistics and the end of the factorizations).
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ def break_loop() -> None:
                 time.sleep(300)
             elif KIND == "term":
                 os.kill(os.getpid(), signal.SIGTERM)
+            elif KIND == "drift":
+                name = min(loop.engine.optimizer.table.sizes)
+                bits = dict(loop.engine.module.named_parameters())[name].data.view(torch.int32).flatten()
+                bits[0] ^= 1
         whole(loop)
 
     def loss_sum(ready: Any, outputs: Any, batch: Any) -> torch.Tensor:
