@@ -20,6 +20,7 @@ SMALL = ("tiny", "minilm")
 
 TITLES = {
     "KFAC": "K-FAC",
+    "EKFAC": "EKFAC",
     "SHAMPOO": "Shampoo",
     "SOAP": "SOAP",
     "PSGD": "PSGD",

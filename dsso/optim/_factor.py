@@ -9,7 +9,8 @@ flag, which the method reads a step later and answers with a new attempt in fp64
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -200,15 +201,77 @@ class LowRankBlock:
         return self.basis @ self.core_KK @ self.basis.mT + lowrank.tail(form) * (eye_DD - inside_DD)
 
 
+class Block(Protocol):
+    """What a factor asks of a block on its diagonal, with a running sum S and a factorization of it."""
+
+    @property
+    def basis(self) -> Tensor | None:
+        """To sketch the next window with; None where it is measured whole."""
+
+    @property
+    def parts(self) -> int:
+        """Tensors that a job returns, whether it failed as the second of them."""
+
+    @property
+    def wire_size(self) -> int:
+        """Numbers of the factorization on the wire."""
+
+    def trace(self) -> Tensor:
+        """Of the running sum."""
+
+    def average(self, part: Tensor, trace: Tensor | None, keep: Tensor, take: Tensor, /) -> None:
+        """S <- keep S + part where `take`."""
+
+    def job(self, scale: Tensor, shift: Tensor, jitter: float, dtype: torch.dtype) -> Job:
+        """What factorizes scale S + shift I, on copies."""
+
+    def keep(self, found: list[Tensor], good: Tensor) -> None:
+        """Take over what the job found, where `good`."""
+
+    def solve(self, v_DR: Tensor) -> Tensor:
+        """(S + shift)^-1 V."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors."""
+
+    def to_wire(self, like: Tensor) -> Tensor:
+        """The factorization as a vector."""
+
+    def from_wire(self, wire: Tensor) -> None:
+        """Take over a factorization that another rank made."""
+
+    def sum(self) -> Tensor:
+        """S as a full matrix, [D, D]."""
+
+
+def solved_blocks(
+    dims: FactorDims, like: Tensor, storage: torch.dtype, energy: float | None, inverse: bool
+) -> list[Block]:
+    """Blocks that solve: low-rank ones where `dims` says so, else dense ones.
+
+    Args:
+        dims: the factor.
+        like: gives device and the dtype to compute in.
+        storage: dtype of dense blocks.
+        energy: see `LowRankBlock`.
+        inverse: see `DenseBlock`.
+    """
+    seed = zlib.crc32(dims.key.encode())
+    return [
+        LowRankBlock(d, dims.kept_rank(d), like, seed + i, energy)
+        if dims.kept_rank(d)
+        else DenseBlock(d, like, storage, inverse)
+        for i, d in enumerate(dims.blocks)
+    ]
+
+
 class Factor:
     """A factor as blocks along its diagonal.
 
     Args:
         dims: its description.
         like: gives device and the dtype to compute in.
-        storage: dtype of dense blocks.
-        energy: see `LowRankBlock`.
-        inverse: see `DenseBlock`.
+        blocks: on the diagonal, of the sides that `dims` tells.
 
     Attributes:
         weight: running count behind the sums, scalar tensor.
@@ -216,22 +279,9 @@ class Factor:
         refreshed_at: step of the last factorization, None before the first.
     """
 
-    def __init__(
-        self,
-        dims: FactorDims,
-        like: Tensor,
-        storage: torch.dtype,
-        energy: float | None = None,
-        inverse: bool = False,
-    ) -> None:
+    def __init__(self, dims: FactorDims, like: Tensor, blocks: Sequence[Block]) -> None:
         self.dims = dims
-        seed = zlib.crc32(dims.key.encode())
-        self.blocks = [
-            LowRankBlock(d, dims.kept_rank(d), like, seed + i, energy)
-            if dims.kept_rank(d)
-            else DenseBlock(d, like, storage, inverse)
-            for i, d in enumerate(dims.blocks)
-        ]
+        self.blocks = list(blocks)
         self.weight = like.new_zeros(())
         self.ready = torch.zeros((), dtype=torch.bool, device=like.device)
         self.refreshed_at: int | None = None

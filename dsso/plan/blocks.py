@@ -15,7 +15,7 @@ from dsso.schedule import Interval
 
 
 class MatrixPlan:
-    """A method on blocks, on one model and one number of ranks; the face of `dsso.plan.factors.KfacPlan`.
+    """A method on blocks, on one model and one number of ranks; the face of `dsso.plan.factors.KroneckerPlan`.
 
     Args:
         survey: the model.

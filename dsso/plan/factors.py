@@ -1,13 +1,14 @@
-"""What K-FAC keeps, sends and computes, from the sides of its factors: nothing is measured and nothing allocated."""
+"""What K-FAC and its kin keep, send and compute, from the sides of factors: nothing is measured, nothing allocated."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
-from dsso.optim._kfac_layout import factor_dims
+from dsso.optim._kronecker_config import KroneckerConfig
+from dsso.optim._kronecker_layout import factor_dims
 from dsso.optim._refresh import Stagger
-from dsso.optim.kfac import Config
 from dsso.parallel.placement import FactorDims, LayerDims, Placement, Strategy, assign
 from dsso.plan.exchange import Exchange, exchanges
 from dsso.plan.model import Survey
@@ -21,8 +22,8 @@ _NEIGHBOURS = 3
 of the model, and within a block a model may run them in another."""
 
 
-class KfacPlan:
-    """K-FAC on one model and one number of ranks.
+class KroneckerPlan(ABC):
+    """A method with Kronecker factors on one model and one number of ranks; what a factor keeps is the method's.
 
     Args:
         survey: the model.
@@ -35,7 +36,12 @@ class KfacPlan:
     parts = "Kronecker factors"
 
     def __init__(
-        self, survey: Survey, config: Config, world_size: int, gas: int, strategy: Strategy | None = None
+        self,
+        survey: Survey,
+        config: KroneckerConfig,
+        world_size: int,
+        gas: int,
+        strategy: Strategy | None = None,
     ) -> None:
         self.survey = survey
         self.config = config
@@ -76,21 +82,61 @@ class KfacPlan:
         )
         return 1.0 / measured if measured else 0.0, 1.0 / made if made else 0.0
 
+    # -- what a method says -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def factor_bytes(self, factor: FactorDims) -> int:
+        """Bytes of a factor and its factorization where they are kept, counts and flags included."""
+
+    def layer_bytes(self, layer: LayerDims) -> int:
+        """Bytes that an applier keeps of a layer besides."""
+        return 0
+
+    @abstractmethod
+    def fresh_bytes(self, factor: FactorDims) -> int:
+        """Bytes of a factorization that is not taken over yet."""
+
+    @abstractmethod
+    def refresh_bytes(self, factor: FactorDims) -> int:
+        """Bytes of a factorization while it is made, with what it is made from."""
+
+    @abstractmethod
+    def made_elements(self, factor: FactorDims) -> int:
+        """Numbers of a factorization on the wire."""
+
+    @abstractmethod
+    def factorize_flops(self, factor: FactorDims) -> float:
+        """Operations of a factorization, as on a GPU."""
+
+    @abstractmethod
+    def layer_flops(self, layer: LayerDims, outputs: int) -> float:
+        """Operations that bring a layer's gradient to its update.
+
+        Args:
+            layer: which.
+            outputs: rows of its gradient.
+        """
+
     # -- memory -------------------------------------------------------------------------------------------------
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        narrow = self.config.storage == "bfloat16"
-        return {key: factor_bytes(f, 2 if narrow else 4) for key, f in self.placement.factors.items()}
+        return {key: self.factor_bytes(f) for key, f in self.placement.factors.items()}
 
     def state_bytes(self, rank: int) -> int:
-        """Bytes of factors and factorizations on a rank."""
-        return sum(self._sizes[f.key] for f in self.placement.held_by(rank))
+        """Bytes of factors, factorizations and what else a layer has, on a rank."""
+        layers = [one for one in self.placement.layers if rank in self.placement.appliers[one.name]]
+        return sum(self._sizes[f.key] for f in self.placement.held_by(rank)) + sum(
+            map(self.layer_bytes, layers)
+        )
 
     @property
     def largest_unit(self) -> int:
         """Bytes of the largest unit of the placement: by so much a rank may hold more than its even share."""
-        return max(sum(self._sizes[f.key] for f in unit.factors) for unit in self.placement.units)
+        return max(
+            sum(self._sizes[f.key] for f in unit.factors) + sum(map(self.layer_bytes, unit.layers))
+            for unit in self.placement.units
+        )
 
     def window(self, rank: int, measured: Collection[str], factorized: Collection[str]) -> Window:
         """Bytes that a step takes besides.
@@ -122,10 +168,9 @@ class KfacPlan:
                 (_sum_bytes(every[key]) for key in owned & set(measured)), default=0
             )
         mine = [every[key] for key in owned & set(factorized)]
-        # At once: one after another, a damped copy and what it is turned into. In the background all of them wait.
-        fresh = [_fresh_bytes(f) for f in mine]
-        waiting = sum(fresh) if self.config.async_delay else 0
-        refresh = waiting + 2 * max(fresh, default=0)
+        # At once: one after another. In the background all of them wait.
+        waiting = sum(map(self.fresh_bytes, mine)) if self.config.async_delay else 0
+        refresh = waiting + max(map(self.refresh_bytes, mine), default=0)
         return Window(sums, buffers, arrived, refresh)
 
     def _sums(self, measured: set[str]) -> int:
@@ -207,7 +252,7 @@ class KfacPlan:
         """Bytes that the busiest rank sends to other appliers when all factors are factorized once."""
         sent = [0] * self.world_size
         for key, users in self.placement.sources.items():
-            size = 4 * _made_elements(self.placement.factors[key])
+            size = 4 * self.made_elements(self.placement.factors[key])
             for user, source in users.items():
                 sent[source] += size * (user != source)
         return max(sent)
@@ -237,14 +282,11 @@ class KfacPlan:
 
     @property
     def refresh_flops(self) -> list[float]:
-        """Operations of each rank when all factors are factorized once; dense ones as on a GPU, maybe inverted."""
-        times = 3 if self.config.keeps_inverses(on_accelerator=True) else 1
+        """Operations of each rank when all factors are factorized once."""
         totals = [0.0] * self.world_size
         for key, ranks in self.placement.factor_owners.items():
-            factor = self.placement.factors[key]
-            dense = sum(d**3 / 3 for d in factor.blocks if not factor.kept_rank(d))
             for rank in ranks:
-                totals[rank] += 2 * (factor.refresh_cost + (times - 1) * dense)
+                totals[rank] += self.factorize_flops(self.placement.factors[key])
         return totals
 
     @property
@@ -258,27 +300,9 @@ class KfacPlan:
                 if layer.g is None
                 else g_side
             )
-            cost = _solve_flops(layer.a, outputs)
-            if layer.g is not None:
-                cost += _solve_flops(layer.g, layer.a.side)
             for rank in self.placement.appliers[layer.name]:
-                work[rank] += cost
+                work[rank] += self.layer_flops(layer, outputs)
         return max(work)
-
-
-def factor_bytes(factor: FactorDims, item: int) -> int:
-    """Bytes of a factor and its factorization where they are kept, counts and flags included.
-
-    Args:
-        factor: its description.
-        item: bytes of a number of a dense block; diagonals and low-rank forms are fp32.
-    """
-    total = 4 + 1
-    for d in factor.blocks:
-        k = factor.kept_rank(d)
-        # The basis of the running average, the one that the inverse was made with; core and inverse; trace and tail.
-        total += 4 * (2 * d * k + 2 * k * k + 2) if k else item * d * d + 4 * d
-    return total
 
 
 def _sum_bytes(factor: FactorDims) -> int:
@@ -288,20 +312,3 @@ def _sum_bytes(factor: FactorDims) -> int:
 
 def _basis(factor: FactorDims) -> int:
     return sum(d * factor.kept_rank(d) for d in factor.blocks)
-
-
-def _made_elements(factor: FactorDims) -> int:
-    """Numbers of a factorization on the wire."""
-    ranks = [(d, factor.kept_rank(d)) for d in factor.blocks]
-    return 1 + sum(d * k + k * k + 1 if k else d * (d + 1) // 2 for d, k in ranks)
-
-
-def _fresh_bytes(factor: FactorDims) -> int:
-    """Bytes of a factorization that is not taken over yet."""
-    ranks = [(d, factor.kept_rank(d)) for d in factor.blocks]
-    return 4 * sum(d * k + k * k + 1 if k else d * d for d, k in ranks)
-
-
-def _solve_flops(factor: FactorDims, columns: int) -> float:
-    ranks = [(d, factor.kept_rank(d)) for d in factor.blocks]
-    return columns * sum(4.0 * d * k + 2.0 * k * k if k else 2.0 * d * d for d, k in ranks)

@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 from dsso.curvature.layers import Side, split_parameters
 from dsso.engines.units import blocks
 from dsso.errors import RecipeError
-from dsso.optim._kfac_layout import layer_dims
+from dsso.optim._kronecker_config import KroneckerConfig
+from dsso.optim._kronecker_layout import layer_dims
 from dsso.optim._matrix import take
 from dsso.optim._matrix_config import MatrixConfig
-from dsso.optim.kfac import Config
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,9 @@ def survey(model: nn.Module, config: Any, example: Mapping[str, Any] | None = No
     if not any(weight.trained for weight in weights):
         raise RecipeError("no parameter of the model is trainable", where="dsso.peft")
     settings = getattr(model, "config", None)
-    layers, rest, notes = _layers(model, config, example) if isinstance(config, Config) else ((), {}, ())
+    layers, rest, notes = (
+        _layers(model, config, example) if isinstance(config, KroneckerConfig) else ((), {}, ())
+    )
     matrices: Mapping[str, tuple[int, ...]] = {}
     if isinstance(config, MatrixConfig):
         chosen = take(model, config)
@@ -207,12 +209,12 @@ def _linears(model: nn.Module) -> tuple[Linear, ...]:
 
 
 def _layers(
-    model: nn.Module, config: Config, example: Mapping[str, Any] | None
+    model: nn.Module, config: KroneckerConfig, example: Mapping[str, Any] | None
 ) -> tuple[tuple[KfacLayer, ...], Mapping[str, str], tuple[str, ...]]:
     split = split_parameters(model, config.exclude, config.max_side)
     if not split.layers:
         raise RecipeError(
-            "the model has no layer for K-FAC",
+            f"the model has no layer for {config.title}",
             where="optimizer.type",
             got=", ".join(sorted(set(split.rest.values()))[:6]),
             allowed="trainable nn.Linear or Conv1D layers",

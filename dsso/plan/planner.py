@@ -9,14 +9,16 @@ from typing import Any, get_args
 from torch import nn
 
 from dsso.errors import RecipeError
-from dsso.optim import is_forward
+from dsso.optim import ekfac, is_forward, kfac
 from dsso.optim._gradient_config import GradientConfig
+from dsso.optim._kronecker_config import KroneckerConfig
 from dsso.optim._matrix_config import MatrixConfig
-from dsso.optim.kfac import Config
 from dsso.parallel.placement import Strategy
 from dsso.plan.blocks import MatrixPlan
-from dsso.plan.factors import KfacPlan
+from dsso.plan.ekfac import EkfacPlan
+from dsso.plan.factors import KroneckerPlan
 from dsso.plan.forward import forward_plan
+from dsso.plan.kfac import KfacPlan
 from dsso.plan.layout import layout, traffic
 from dsso.plan.model import Survey, survey
 from dsso.plan.remedies import alternatives
@@ -53,7 +55,7 @@ def plan(
     seen = survey(model, recipe.optimizer_config, example)
     wanted = None if gpu_gb is None else int(gpu_gb * 1e9)
     found = _plan(seen, resolve(recipe, world_size), engine, wanted)
-    if isinstance(recipe.optimizer_config, Config):
+    if isinstance(recipe.optimizer_config, KroneckerConfig):
         rows = [_plan(seen, resolve(recipe, world_size), engine, wanted, strategy) for strategy in STRATEGIES]
         table = tuple(
             StrategyRow(r.strategy, max(x.factors for x in r.ranks), r.worst.peak, r.wire.per_step, r.fits)
@@ -91,9 +93,11 @@ def _plan(
     if is_forward(recipe.optimizer_type):
         return forward_plan(seen, recipe, kind, gpu_bytes)
     config, world = recipe.optimizer_config, recipe.world_size
-    method: KfacPlan | MatrixPlan | None = None
-    if isinstance(config, Config):
+    method: KroneckerPlan | MatrixPlan | None = None
+    if isinstance(config, kfac.Config):
         method = KfacPlan(seen, config, world, recipe.gas, strategy)
+    elif isinstance(config, ekfac.Config):
+        method = EkfacPlan(seen, config, world, recipe.gas, strategy)
     elif isinstance(config, MatrixConfig):
         method = MatrixPlan(seen, recipe.optimizer_type, config, world)
     if recipe.is_method and method is None:
@@ -163,7 +167,7 @@ def _plan(
 
 
 def _rows(
-    seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | MatrixPlan | None
+    seen: Survey, recipe: ResolvedRecipe, method: KroneckerPlan | MatrixPlan | None
 ) -> Iterator[dict[str, Any]]:
     """Which method takes which parameter, and who owns its factors."""
     owners = {} if method is None else method.owners
@@ -198,7 +202,7 @@ def _moments(seen: Survey, recipe: ResolvedRecipe) -> dict[str, tuple[str, ...]]
     return {weight.name: base if weight.name in seen.rest else own for weight in seen.trained}
 
 
-def _wire(gradients: int, weights: int, method: KfacPlan | MatrixPlan | None, exchange: int) -> Wire:
+def _wire(gradients: int, weights: int, method: KroneckerPlan | MatrixPlan | None, exchange: int) -> Wire:
     if method is None:
         return Wire(gradients, weights, per_step=gradients + weights)
     measured, made = method.often
@@ -215,7 +219,9 @@ def _wire(gradients: int, weights: int, method: KfacPlan | MatrixPlan | None, ex
     )
 
 
-def _operations(seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | MatrixPlan | None) -> Operations:
+def _operations(
+    seen: Survey, recipe: ResolvedRecipe, method: KroneckerPlan | MatrixPlan | None
+) -> Operations:
     """Of a rank's examples at full length."""
     task, examples = recipe.dsso.task, recipe.micro_batch * recipe.gas
     rows = seen.tokens(examples, task.max_length, task.max_target_length)
@@ -226,7 +232,7 @@ def _operations(seen: Survey, recipe: ResolvedRecipe, method: KfacPlan | MatrixP
     if method is None:
         return Operations(training=training)
     measured, made = method.often
-    if isinstance(method, KfacPlan):
+    if isinstance(method, KroneckerPlan):
         if method.config.approximation == "reduce":
             rows = dict.fromkeys(rows, examples)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dsso.optim._kronecker_config import KroneckerConfig
 from dsso.optim.kfac import Config
 from dsso.plan.report import Plan
 from dsso.recipe import Recipe
@@ -38,7 +39,7 @@ def _same_step(recipe: Recipe, found: Plan) -> list[Change]:
     """Changes after which every step is what it was, up to rounding."""
     changes = []
     config = recipe.optimizer_config
-    if isinstance(config, Config):
+    if isinstance(config, KroneckerConfig):
         if config.strategy != "memory_optimal":
             changes.append(("memory-optimal placement", "optimizer.params.strategy=memory_optimal"))
         if config.accumulate == "rank" and config.overlap and not found.sent_in_pass:
@@ -56,13 +57,15 @@ def _cheaper(recipe: Recipe) -> list[Change]:
     config = recipe.optimizer_config
     if getattr(config, "rounding", None) == "nearest" and recipe.precision.dtype != "float32":
         return [("stochastic rounding", "optimizer.params.rounding=stochastic")]
-    if not isinstance(config, Config):
+    if not isinstance(config, KroneckerConfig):
         return []
     changes = []
-    if config.storage != "bfloat16":
+    if isinstance(config, Config) and config.storage != "bfloat16":
         changes.append(("factors in bfloat16", "optimizer.params.storage=bfloat16"))
     sides = [s for s in (4096, 2048, 1024, 512) if config.block_side is None or s < config.block_side]
     changes += [(f"blocks of {side}", f"optimizer.params.block_side={side}") for side in sides]
+    if not isinstance(config, Config):
+        return changes
     kept = [k for k in (64, 32) if config.low_rank is None or k < config.low_rank]
     changes += [(f"low rank {rank}", f"optimizer.params.low_rank={rank}") for rank in kept]
     return changes

@@ -235,8 +235,9 @@ def method_config(case: Case, alone: bool = False) -> Any:
     if case.method == "KFAC":
         return kfac_config(case, alone)
     given = dict(lr=1e-3, momentum=0.5, weight_decay=0.01, clip="post", tau=5.0)
-    own = dict(refresh_interval=[[0, 1], [3, 2]], block_side=24, base={"type": "SGD", "lr": 0.01})
-    return resolve(case.method).Config(**given, **own)
+    config = resolve(case.method).Config
+    intervals = {name: [[0, 1], [3, 2]] for name in config.model_fields if name.endswith("_interval")}
+    return config(**given, **intervals, block_side=24, base={"type": "SGD", "lr": 0.01})
 
 
 def train(engine: Any, data: Any, case: Case, rank: int, world_size: int, gas: int) -> dict[str, Tensor]:

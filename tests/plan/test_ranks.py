@@ -11,7 +11,7 @@ from dsso import tasks
 from dsso.optim.kfac import Config, Method
 from dsso.parallel.fragments import FragmentExchange, Span, SpanTable
 from dsso.plan import resolve, text
-from dsso.plan.factors import KfacPlan
+from dsso.plan.kfac import KfacPlan
 from dsso.plan.layout import layout
 from dsso.plan.model import Survey, survey
 from dsso.recipe import ResolvedRecipe, load_recipe

@@ -10,12 +10,12 @@ from torch import nn
 
 from dsso.curvature import sharing
 from dsso.curvature.layers import KroneckerLayer
-from dsso.optim._kfac_config import Config
+from dsso.optim._kronecker_config import KroneckerConfig
 from dsso.parallel.placement import FactorDims, LayerDims
 
 
 def layer_dims(
-    config: Config,
+    config: KroneckerConfig,
     model: nn.Module,
     layers: Sequence[KroneckerLayer],
     example: Mapping[str, Any] | None = None,
@@ -40,17 +40,19 @@ def layer_dims(
     ]
 
 
-def factor_dims(config: Config, key: str, side: int) -> FactorDims:
+def factor_dims(config: KroneckerConfig, key: str, side: int) -> FactorDims:
     """Blocks and rank of one factor."""
     count = 1 if config.block_side is None else -(-side // config.block_side)
     small, more = divmod(side, count)
     blocks = tuple(small + (index < more) for index in range(count))
-    low = config.low_rank or 0
-    return FactorDims(key, blocks, low if low and min(blocks) > max(config.low_rank_above, low) else 0)
+    return FactorDims(key, blocks, config.kept_rank(blocks))
 
 
 def _leaders(
-    config: Config, model: nn.Module, layers: Sequence[KroneckerLayer], example: Mapping[str, Any] | None
+    config: KroneckerConfig,
+    model: nn.Module,
+    layers: Sequence[KroneckerLayer],
+    example: Mapping[str, Any] | None,
 ) -> tuple[int, ...]:
     own = tuple(range(len(layers)))
     # With the absolute damping the shift of A depends on the layer's own G.
