@@ -21,21 +21,21 @@ from dsso.checkpoint import Checkpointer
 from dsso.engines import make_optimizer
 from dsso.engines.single import SingleEngine
 from dsso.inspect import inspect, main
+from dsso.optim import resolve
 from dsso.optim._figures import figures
-from dsso.optim.kfac import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4
 Capture = pytest.CaptureFixture[str]
 
 
-def trained(**settings: Any) -> SingleEngine:
+def trained(kind: str = "KFAC", **settings: Any) -> SingleEngine:
     """A few steps on noise."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 3))
     cpu = torch.device("cpu")
-    config = Config(factor_interval=1, inverse_interval=1, stagger=False, **settings)
-    engine = SingleEngine(model, make_optimizer(model, "KFAC", config, cpu), cpu, 1, 8)
+    config = resolve(kind).Config(factor_interval=1, inverse_interval=1, stagger=False, **settings)
+    engine = SingleEngine(model, make_optimizer(model, kind, config, cpu), cpu, 1, 8)
     for _ in range(STEPS):
         x, y = torch.randn(8, 20), torch.randint(3, (8,))
         engine.backward(nn.functional.cross_entropy(engine(x), y), terms=8)
@@ -54,7 +54,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SingleEngine]:
 
 
 def test_figures_of_the_factors(run: tuple[Path, SingleEngine]) -> None:
-    folder, engine = run
+    check_figures(*run)
+
+
+def test_figures_of_eigenvectors(tmp_path: Path) -> None:
+    engine = trained("EKFAC", block_side=7)
+    Checkpointer(tmp_path / "checkpoints", 2).save(engine, STEPS, {}, {})
+    check_figures(tmp_path, engine)
+    assert {factor["kind"] for factor in inspect(tmp_path)["factors"]} == {"eigenvectors"}
+
+
+def check_figures(folder: Path, engine: SingleEngine) -> None:
+    """What is told of the factors is what they are."""
     found = inspect(folder)
     method: Any = engine.optimizer.method
     assert {factor["factor"] for factor in found["factors"]} == set(method.factors)

@@ -25,7 +25,7 @@ class FactorFigures:
     """What there is to know about one factor."""
 
     kind: str
-    """`dense`, `low rank` or, where blocks differ, both."""
+    """`dense`, `low rank`, `eigenvectors` or, where blocks differ, several."""
     sides: tuple[int, ...]
     """Of the blocks on the diagonal."""
     kept: int | None
@@ -66,7 +66,7 @@ def figures(key: str, tensors: Mapping[str, Tensor], largest_side: int) -> Facto
     for block in blocks:
         dense = "diagonal" in block
         sides.append(block["diagonal" if dense else "basis"].shape[0])
-        kinds.append("dense" if dense else "low rank")
+        kinds.append("eigenvectors" if "vectors" in block else "dense" if dense else "low rank")
         trace += float(block["diagonal"].sum() if dense else block["trace"])
     ready = bool(own["ready"])
     rank, condition = None, None
@@ -95,7 +95,7 @@ def _rank(blocks: list[dict[str, Tensor]]) -> int:
     values = []
     for block in blocks:
         if "diagonal" in block:
-            square_DD = block[CHOLESKY] if CHOLESKY in block else block[INVERSE]
+            square_DD = next(block[name] for name in (CHOLESKY, INVERSE, "sum") if name in block)
             sum_DD = triangle.symmetric(square_DD, block["diagonal"], torch.float64)
             values.append(torch.linalg.eigvalsh(sum_DD))
         else:
@@ -109,7 +109,9 @@ def _rank(blocks: list[dict[str, Tensor]]) -> int:
 def _condition(blocks: list[dict[str, Tensor]]) -> float:
     values = []
     for block in blocks:
-        if INVERSE in block:
+        if "values" in block:
+            values.append(block["values"] + block["shift"])
+        elif INVERSE in block:
             values.append(1 / torch.linalg.eigvalsh(block[INVERSE]))  # which reads the lower triangle
         elif CHOLESKY in block:
             # L L^T in float64 loses nothing of what the float32 in L holds, and takes a third of L's singular values

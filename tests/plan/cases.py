@@ -110,6 +110,9 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "zero-3 fp32 shampoo": other("SHAMPOO", recipe("zero-3", model="tiny-roberta"), grafting="none", beta1=0),
     "fsdp2 fp32 lora shampoo": other("SHAMPOO", recipe("fsdp2", model="tiny-t5", peft=LORA), momentum=0.5),
     "zero-2 bf16 soap": other("SOAP", recipe("zero-2", "bf16"), block_side=48),
+    "zero-2 fp32 lora ekfac": other(
+        "EKFAC", recipe("zero-2", model="tiny-t5", peft=LORA), **recipe("ddp")["optimizer"]["params"]
+    ),
     "ddp fp32 lora psgd": other("PSGD", recipe("ddp", model="tiny-t5", peft=LORA), momentum=0.5),
     "zero-2 fp32 inverses": recipe("zero-2", params={"apply": "inverse"}),
     "zero-2 bf16 accumulated": recipe("zero-2", "bf16", gas=2),
