@@ -1,8 +1,8 @@
 """Methods that precondition blocks of matrices from gradients alone, on one backend.
 
-A method is a class of blocks (`dsso.optim._blocks`): what one keeps, how it takes in a gradient, how it is refreshed, how
-it acts. Everything else is here: which parameters there are and who owns them, when which block is refreshed, what happens to a step that
-is not finite or a refresh that fails, and what a checkpoint holds.
+A method is a class of blocks (`dsso.optim._blocks`): what one keeps, how it takes in a gradient, how it is refreshed,
+how it acts. Everything else is here: which parameters there are and who owns them, which blocks are stacked, when which
+block is refreshed, what happens to a step that is not finite or a refresh that fails, and what a checkpoint holds.
 
 A rank averages and refreshes the blocks of the parameters that it owns; gradients come to it and updates go back by
 `dsso.parallel.fragments`. That the whole step is finite is agreed upon before any block looks at its gradient, so a
