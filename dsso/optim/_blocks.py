@@ -97,7 +97,7 @@ class MatrixBlocks(ABC):
         """Which blocks are usable, [K] and broadcasting over them; None where all are."""
         if all(self.usable):
             return None
-        found = torch.tensor(self.usable, device=self._like.device)
+        found = torch.tensor(self.usable, device="cpu").to(self._like.device, non_blocking=True)
         return found.view(-1, *(1 for _ in self._shape[1:]))
 
     @staticmethod

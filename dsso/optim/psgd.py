@@ -174,7 +174,7 @@ class Blocks(MatrixBlocks):
 
     def act(self, gradient_KS: Tensor, step: int) -> Tensor:
         """The whitened average; nothing before there are factors."""
-        update = self._latest
+        update, self._latest = self._latest, None
         if update is None or not any(self.usable):
             return torch.zeros_like(gradient_KS)
         for q_KDD, dim in zip(self._factors, self._kept, strict=True):
