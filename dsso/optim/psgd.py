@@ -174,6 +174,7 @@ class Blocks(MatrixBlocks):
 
     def act(self, gradient_KS: Tensor, step: int) -> Tensor:
         """The whitened average; nothing before there are factors."""
+        # Nothing of the size of a gradient outlives the step.
         update, self._latest = self._latest, None
         if update is None or not any(self.usable):
             return torch.zeros_like(gradient_KS)
