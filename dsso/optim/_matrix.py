@@ -1,8 +1,8 @@
 """Methods that precondition blocks of matrices from gradients alone, on one backend.
 
-A method is a class of blocks: what one keeps, how it takes in a gradient, how it is refreshed, how it acts. Everything
-else is here: which parameters there are and who owns them, when which block is refreshed, what happens to a step that
-is not finite or a refresh that fails, and what a checkpoint holds.
+A method is a class of blocks (`dsso.optim._blocks`): what one keeps, how it takes in a gradient, how it is refreshed,
+how it acts. Everything else is here: which parameters there are and who owns them, which blocks are stacked, when which
+block is refreshed, what happens to a step that is not finite or a refresh that fails, and what a checkpoint holds.
 
 A rank averages and refreshes the blocks of the parameters that it owns; gradients come to it and updates go back by
 `dsso.parallel.fragments`. That the whole step is finite is agreed upon before any block looks at its gradient, so a
@@ -12,17 +12,18 @@ do not.
 
 from __future__ import annotations
 
+import itertools
+import math
 import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dsso.errors import RecipeError
+from dsso.optim._blocks import MatrixBlocks, Take
 from dsso.optim._matrix_config import MatrixConfig
 from dsso.optim._refresh import Stagger
 from dsso.optim._rules import Rule
@@ -30,77 +31,8 @@ from dsso.optim._tensors import Chosen, TensorBlock, blocks_of, choose
 from dsso.optim.base import GradientMethod, take_over
 from dsso.parallel.placement import owners_by_cost
 
-
-@dataclass(frozen=True)
-class BlockCost:
-    """What a block takes.
-
-    Attributes:
-        elements: numbers in fp32 that its owner keeps.
-        refresh: multiply-adds of a refresh.
-        step: multiply-adds of every step.
-    """
-
-    elements: int
-    refresh: float
-    step: float
-
-
-class MatrixBlock(ABC):
-    """State and mathematics of one block.
-
-    Args:
-        sides: of the block.
-        config: of the method.
-        like: gives device and dtype.
-
-    Attributes:
-        usable: there is a preconditioner; host-side, set by `refresh` and by a checkpoint.
-        seed: for numbers that a block draws; a function of its key alone.
-    """
-
-    usable: bool = False
-    seed: int = 0
-    refreshed_last: ClassVar[bool] = False
-    """Refreshed after it has acted: the preconditioner of a step has not seen the step's gradient."""
-
-    @abstractmethod
-    def __init__(self, sides: tuple[int, ...], config: Any, like: Tensor) -> None: ...
-
-    @staticmethod
-    @abstractmethod
-    def cost(sides: tuple[int, ...], config: Any) -> BlockCost:
-        """What a block of such sides takes."""
-
-    @abstractmethod
-    def average(self, gradient: Tensor, take: Tensor) -> None:
-        """Take in a gradient.
-
-        Args:
-            gradient: of the block; zero where `take` is false.
-            take: boolean scalar tensor: false leaves the state as it is.
-        """
-
-    @abstractmethod
-    def refresh(self) -> bool:
-        """Renew the preconditioner; whether that failed, in which case the last good one stays."""
-
-    @abstractmethod
-    def act(self, gradient: Tensor, step: int) -> Tensor:
-        """The update, before clipping and the learning rate, of the block's shape.
-
-        Args:
-            gradient: as `average` got it.
-            step: number of the optimizer step.
-        """
-
-    @abstractmethod
-    def ready(self, step: int) -> bool:
-        """Whether the update is what the method means it to be: nothing is waited for."""
-
-    @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """All tensors."""
+STACKED = 2**20
+"""Elements of a stack at most, but for a single block: beyond them a copy costs more than calls save."""
 
 
 def take(model: nn.Module, config: MatrixConfig) -> Chosen:
@@ -140,7 +72,7 @@ class MatrixLayout:
         self,
         shapes: Mapping[str, Sequence[int]],
         config: MatrixConfig,
-        block: type[MatrixBlock],
+        block: type[MatrixBlocks],
         world_size: int,
     ) -> None:
         self.blocks: dict[str, tuple[TensorBlock, ...]] = blocks_of(shapes, config.block_side)
@@ -172,8 +104,8 @@ class MatrixMethod(GradientMethod):
         RecipeError: when the model has no matrix for it.
     """
 
-    block: ClassVar[type[MatrixBlock]]
-    """What the method does to one block."""
+    block: ClassVar[type[MatrixBlocks]]
+    """What the method does to blocks."""
 
     def __init__(
         self,
@@ -192,16 +124,26 @@ class MatrixMethod(GradientMethod):
         self.workers = {name: (owner,) for name, owner in self.owners.items()}
         doubles = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
         self._like = torch.zeros((), dtype=torch.float64 if doubles else torch.float32, device=device)
-        self._mine = {name: bs for name, bs in self.layout.blocks.items() if self.owners[name] == rank}
-        self._states = {b.key: self.block(b.sides, config, self._like) for b in self.layout.held_by(rank)}
-        for key, state in self._states.items():
-            state.seed = zlib.crc32(key.encode())
-        self._refreshed: dict[str, int | None] = dict.fromkeys(self._states)
+        self._mine = [name for name in self.layout.blocks if self.owners[name] == rank]
+        self._stacks = list(self._stacked(self.layout.held_by(rank)))
+        self._places = {b.key: (state, i) for bs, state in self._stacks for i, b in enumerate(bs)}
+        self._refreshed: dict[str, int | None] = {b.key: None for b in self.layout.held_by(rank)}
         self._stagger = Stagger({key: c.refresh for key, c in self.layout.costs.items()}, config.stagger)
         self._matrices = {n for n, p in model.named_parameters() if p.requires_grad and p.dim() > 1}
         self._steps = 0
         self._all = True
         self._bad = torch.zeros((), dtype=torch.bool, device=device)
+
+    def _stacked(self, blocks: Sequence[TensorBlock]) -> Iterator[tuple[list[TensorBlock], MatrixBlocks]]:
+        """Blocks of the same sides together, no more of them than are worth a copy."""
+        for sides, same in itertools.groupby(sorted(blocks, key=lambda b: b.sides), key=lambda b: b.sides):
+            rest = list(same)
+            most = max(1, STACKED // math.prod(sides))
+            for at in range(0, len(rest), most):
+                chosen = rest[at : at + most]
+                state = self.block(len(chosen), sides, self.config, self._like)
+                state.seeds = [zlib.crc32(block.key.encode()) for block in chosen]
+                yield chosen, state
 
     def rules(self) -> dict[str, Rule]:
         """SGD with momentum for the matrices, the base method for the rest."""
@@ -237,37 +179,41 @@ class MatrixMethod(GradientMethod):
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Take the gradients in, refresh what is due, and let the blocks act."""
-        step, take = self._steps - 1, ~self._bad
-        due = set(self._states if self._all else self._stagger.due(self.config.refresh_interval, step))
+        step, take = self._steps - 1, Take(~self._bad, torch.ones_like(self._like))
+        due = set(self._places if self._all else self._stagger.due(self.config.refresh_interval, step))
         if due and bool(self._bad):
             due = set()  # nothing new to learn from; the next window renews all of them
-        updates: dict[str, Tensor] = {}
+        updates = {name: torch.empty_like(gradients[name]) for name in self._mine}
         failed = missing = 0
         waiting = self._like
-        for name, blocks in self._mine.items():
-            whole = torch.where(take, gradients[name], 0.0)
-            updates[name] = torch.empty_like(whole)
-            for block in blocks:
-                state, gradient = self._states[block.key], block.of(whole)
-                state.average(gradient, take)
-                if not state.refreshed_last:
-                    failed += self._refresh(block.key, due, step)
-                block.of(updates[name]).copy_(state.act(gradient, step))
-                if state.refreshed_last:
-                    failed += self._refresh(block.key, due, step)
-                if not state.ready(step):
+        for blocks, state in self._stacks:
+            stacked = torch.stack([block.of(gradients[block.name]) for block in blocks])
+            gradient_KS = torch.where(take.flag, stacked, 0.0)
+            state.average(gradient_KS, take)
+            if not state.refreshed_last:
+                failed += self._refresh(blocks, state, due, step)
+            for block, update in zip(blocks, state.act(gradient_KS, step), strict=True):
+                block.of(updates[block.name]).copy_(update)
+            if state.refreshed_last:
+                failed += self._refresh(blocks, state, due, step)
+            for index, gradient in enumerate(gradient_KS):
+                if not state.ready(index, step):
                     missing += 1
                     # A parameter that the loss does not reach is not waited for.
                     waiting = waiting + (gradient.abs().max() > 0).to(waiting.dtype)
         host = torch.tensor([failed, missing], dtype=waiting.dtype, device="cpu")
         return updates, torch.cat([waiting.reshape(1), host.to(waiting.device, non_blocking=True)])
 
-    def _refresh(self, key: str, due: Collection[str], step: int) -> bool:
-        """Renew a block's preconditioner where it is due; whether that failed."""
-        if key not in due:
-            return False
-        self._refreshed[key] = step
-        return self._states[key].refresh()
+    def _refresh(
+        self, blocks: Sequence[TensorBlock], state: MatrixBlocks, due: Collection[str], step: int
+    ) -> int:
+        """Renew the preconditioners that are due; how many failed."""
+        failed = 0
+        for index, block in enumerate(blocks):
+            if block.key in due:
+                self._refreshed[block.key] = step
+                failed += state.refresh(index)
+        return failed
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -284,12 +230,14 @@ class MatrixMethod(GradientMethod):
     def state_tensors(self) -> dict[str, Tensor]:
         """Tensors of the blocks that this rank owns."""
         return {
-            f"{key}/{name}": t for key, block in self._states.items() for name, t in block.state().items()
+            f"{key}/{name}": t
+            for key, (state, index) in self._places.items()
+            for name, t in state.state(index).items()
         }
 
     def wants(self, name: str) -> bool:
         """Whether this rank owns the block that a tensor belongs to."""
-        return "/".join(name.split("/")[:2]) in self._states
+        return "/".join(name.split("/")[:2]) in self._places
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over the state of the blocks that this rank owns; ages come with `load_counters`."""
@@ -300,17 +248,17 @@ class MatrixMethod(GradientMethod):
     def counters(self) -> dict[str, Any]:
         """Host-side state: `common`, the same on every rank, and `owned`, by block."""
         owned = {
-            key: {"refreshed_at": at, "usable": self._states[key].usable}
-            for key, at in self._refreshed.items()
+            key: {"refreshed_at": self._refreshed[key], "usable": state.usable[index]}
+            for key, (state, index) in self._places.items()
         }
         return {"common": {"steps": self._steps}, "owned": owned}
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:
         """Take over what `counters` returned, `owned` of all ranks together."""
         self._steps = int(counters["common"]["steps"])
-        for key, block in self._states.items():
+        for key, (state, index) in self._places.items():
             found = counters["owned"][key]
-            self._refreshed[key], block.usable = found["refreshed_at"], bool(found["usable"])
+            self._refreshed[key], state.usable[index] = found["refreshed_at"], bool(found["usable"])
 
     def close(self) -> None:
         """There are no hooks."""

@@ -247,7 +247,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         if measured is None:
             self.method.update(self.steps, None)
             return lost
-        finite = torch.stack([torch.isfinite(g.square().sum()) for g in gradients]).all()
+        finite = torch.stack(torch._foreach_norm(list(gradients))).isfinite().all()
         bad = (measured | ~finite).to(torch.float32)
         bad = collectives.all_sum(bad.reshape(1))[0] > 0
         self.method.update(self.steps, bad)
@@ -266,9 +266,9 @@ class PartitionOptimizer(torch.optim.Optimizer):
         uu, ug, gg = zero, zero, zero
         if self._counted:
             # Several ranks may work on one parameter; it is counted once.
-            u = torch.cat([updates[name] for name in self._counted])
-            g = torch.cat([owned[name] for name in self._counted])
-            uu, ug, gg = torch.dot(u, u), torch.dot(u, g), torch.dot(g, g)
+            us, gs = [updates[name] for name in self._counted], [owned[name] for name in self._counted]
+            uu, gg = (torch.stack(torch._foreach_norm(each)).square().sum() for each in (us, gs))
+            ug = torch.stack([torch.dot(u, g) for u, g in zip(us, gs, strict=True)]).sum()
         if self._rest:
             views = [gradients[s.buffer].narrow(0, s.offset, s.numel) for s in self._rest]
             rest = torch.nn.utils.get_total_norm(views).square().to(zero.dtype) * self._rest_weight

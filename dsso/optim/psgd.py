@@ -30,9 +30,10 @@ from torch import Tensor
 
 from dsso.clip import ClipMode
 from dsso.linalg.kron import TINY
-from dsso.optim._matrix import BlockCost, MatrixBlock, MatrixMethod
+from dsso.optim._blocks import BlockCost, MatrixBlocks, Take, fresh
+from dsso.optim._matrix import MatrixMethod
 from dsso.optim._matrix_config import MatrixConfig
-from dsso.optim._unfold import along, gram
+from dsso.optim._unfold import along_upper, gram, per_block, rms
 from dsso.schedule import Interval
 
 __all__ = ["Config", "Method", "fit"]
@@ -77,13 +78,13 @@ def fit(factors: list[Tensor], dims: tuple[int, ...], h: Tensor, v: Tensor, rate
     Returns:
         New factors, balanced: their product is what counts, so all get the same largest entry.
     """
-    a, b = h, v
+    a, b = h.unsqueeze(0), v.unsqueeze(0)
     for q_DD, dim in zip(factors, dims, strict=True):
-        a = along(q_DD, a, dim)
+        a = along_upper(q_DD.unsqueeze(0), a, dim)
         b = _solved(q_DD, b, dim)
     out = []
     for q_DD, dim in zip(factors, dims, strict=True):
-        a_DD, b_DD = gram(a, dim), gram(b, dim)
+        a_DD, b_DD = gram(a[0], dim), gram(b[0], dim)
         length = _norm(a_DD + b_DD)
         out.append(q_DD - torch.triu(a_DD - b_DD) @ q_DD * (rate / length.clamp_min(TINY)))
     sizes = torch.stack([q_DD.abs().max() for q_DD in out])
@@ -92,15 +93,18 @@ def fit(factors: list[Tensor], dims: tuple[int, ...], h: Tensor, v: Tensor, rate
 
 
 def _solved(q_DD: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Q^-T along a side."""
-    moved = x.movedim(dim, 0)
-    flat_DN = moved.reshape(moved.shape[0], -1)
+    """Q^-T along a side of one tensor, [1, ...]."""
+    moved = x.movedim(dim + 1, 1)
+    flat_DN = moved.reshape(moved.shape[1], -1)
     solved_DN: Tensor = torch.linalg.solve_triangular(q_DD.mT, flat_DN, upper=False)
-    return solved_DN.view(moved.shape).movedim(0, dim)
+    return solved_DN.view(moved.shape).movedim(1, dim + 1)
 
 
 def _norm(x_DD: Tensor, rounds: int = 3) -> Tensor:
-    """Largest eigenvalue of a positive semi-definite matrix from below, by power iteration from a fixed vector."""
+    """Largest eigenvalue of a positive semi-definite matrix, from below, within a factor of about two.
+
+    By power iteration from a fixed vector.
+    """
     generator = torch.Generator(x_DD.device).manual_seed(0)
     y_D = torch.randn(len(x_DD), generator=generator, dtype=x_DD.dtype, device=x_DD.device)
     for _ in range(rounds):
@@ -109,15 +113,16 @@ def _norm(x_DD: Tensor, rounds: int = 3) -> Tensor:
     return length
 
 
-class Block(MatrixBlock):
+class Blocks(MatrixBlocks):
     """Triangular factors of the sides, and the averaged gradient."""
 
-    def __init__(self, sides: tuple[int, ...], config: Config, like: Tensor) -> None:
+    def __init__(self, count: int, sides: tuple[int, ...], config: Config, like: Tensor) -> None:
+        super().__init__(count, sides, config, like)
         self._config = config
         self._kept = config.kept_sides(sides)
-        self._factors = [torch.eye(sides[dim], dtype=like.dtype, device=like.device) for dim in self._kept]
-        self._mean = like.new_zeros(sides) if config.beta1 else None
-        self._count, self._turns = like.new_zeros(()), like.new_zeros(())
+        self._factors = [self.eye(sides[dim]) for dim in self._kept]
+        self._mean = self.zeros(*sides) if config.beta1 else None
+        self._count, self._turns = self.zeros(), self.zeros()
         self._latest: Tensor | None = None
 
     @staticmethod
@@ -131,64 +136,59 @@ class Block(MatrixBlock):
             step=sum(2.0 * side * whole for side in kept),
         )
 
-    def average(self, gradient: Tensor, take: Tensor) -> None:
+    def average(self, gradient_KS: Tensor, take: Take) -> None:
         """M."""
-        one = torch.ones_like(self._count)
-        self._count.add_(torch.where(take, one, 0.0))
+        self._count.add_(take.count)
         if self._mean is None:
-            self._latest = gradient
+            self._latest = gradient_KS
             return
-        beta1 = self._config.beta1
-        keep, new = torch.where(take, beta1 * one, one), torch.where(take, (1 - beta1) * one, 0.0)
-        self._mean.mul_(keep).add_(gradient * new)
-        self._latest = self._mean / (1 - beta1**self._count).clamp_min(TINY)
+        self._mean.mul_(take.keep(self._config.beta1)).add_(gradient_KS, alpha=fresh(self._config.beta1))
+        bias = (1 - self._config.beta1**self._count).clamp_min(TINY)
+        self._latest = self._mean / per_block(bias, self._mean)
 
-    def refresh(self) -> bool:
+    def refresh(self, index: int) -> bool:
         """One update of the factors; all of them, or none."""
-        config, g = self._config, self._latest
-        assert g is not None
+        config = self._config
+        assert self._latest is not None
+        g = self._latest[index]
         level = g.square().mean().sqrt()
         if not level > TINY:
             # No loss has reached the parameter yet, or its gradient is zero for once: nothing to learn from.
             return bool(~level.isfinite())
-        factors = self._factors
-        if not self.usable:
+        factors = [q_KDD[index] for q_KDD in self._factors]
+        if not self.usable[index]:
             # P of a gradient of that size is its inverse: the sides share it.
             scale = level ** (-0.5 / len(factors))
             factors = [q_DD * scale for q_DD in factors]
-        turns = int(self._turns)
-        generator = torch.Generator(g.device).manual_seed((self.seed << 24) + turns)
+        turns = int(self._turns[index])
+        generator = torch.Generator(g.device).manual_seed((self.seeds[index] << 24) + turns)
         v = torch.randn(g.shape, generator=generator, dtype=g.dtype, device=g.device)
         found = fit(factors, self._kept, g + config.damping * level * v, v, config.precondition_lr)
         if not torch.stack([q_DD.isfinite().all() for q_DD in found]).all():
             return True
-        for mine_DD, q_DD in zip(self._factors, found, strict=True):
-            mine_DD.copy_(q_DD)
-        self._turns += 1
-        self.usable = True
+        for mine_KDD, q_DD in zip(self._factors, found, strict=True):
+            mine_KDD[index].copy_(q_DD)
+        self._turns[index] += 1
+        self.usable[index] = True
         return False
 
-    def act(self, gradient: Tensor, step: int) -> Tensor:
+    def act(self, gradient_KS: Tensor, step: int) -> Tensor:
         """The whitened average; nothing before there are factors."""
         # Nothing of the size of a gradient outlives the step.
         update, self._latest = self._latest, None
-        if not self.usable or update is None:
-            return torch.zeros_like(gradient)
-        for q_DD, dim in zip(self._factors, self._kept, strict=True):
-            update = along(q_DD.mT, along(q_DD, update, dim), dim)
+        if update is None or not any(self.usable):
+            return torch.zeros_like(gradient_KS)
+        for q_KDD, dim in zip(self._factors, self._kept, strict=True):
+            update = along_upper(q_KDD, along_upper(q_KDD, update, dim), dim, transposed=True)
         if self._config.max_rms is not None:
-            rms = update.square().mean().sqrt()
-            update = update * (self._config.max_rms / rms.clamp_min(TINY)).clamp_max(1.0)
-        return update
+            update = update * (self._config.max_rms / rms(update).clamp_min(TINY)).clamp_max(1.0)
+        mask = self.mask()
+        return update if mask is None else torch.where(mask, update, 0.0)
 
-    def ready(self, step: int) -> bool:
-        """There are factors."""
-        return self.usable
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All state."""
         out = {"count": self._count, "turns": self._turns}
-        out |= {f"factor{dim}": q_DD for dim, q_DD in zip(self._kept, self._factors, strict=True)}
+        out |= {f"factor{dim}": q_KDD for dim, q_KDD in zip(self._kept, self._factors, strict=True)}
         if self._mean is not None:
             out["mean"] = self._mean
         return out
@@ -197,4 +197,4 @@ class Block(MatrixBlock):
 class Method(MatrixMethod):
     """PSGD on the matrices of a model."""
 
-    block = Block
+    block = Blocks

@@ -17,6 +17,7 @@ block (an adapter's) only the short side is preconditioned, with the root that o
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -26,9 +27,10 @@ from torch import Tensor
 from dsso.clip import ClipMode
 from dsso.linalg import roots
 from dsso.linalg.kron import TINY
-from dsso.optim._matrix import BlockCost, MatrixBlock, MatrixMethod
+from dsso.optim._blocks import BlockCost, MatrixBlocks, Take, fresh
+from dsso.optim._matrix import MatrixMethod
 from dsso.optim._matrix_config import MatrixConfig
-from dsso.optim._unfold import along, gram
+from dsso.optim._unfold import add_gram, along, norms, per_block
 
 __all__ = ["Config", "Method"]
 
@@ -71,25 +73,25 @@ class Config(MatrixConfig):
         return self
 
 
-class Block(MatrixBlock):
+class Blocks(MatrixBlocks):
     """Second moments of the sides, their roots, and the moments of grafting."""
 
-    def __init__(self, sides: tuple[int, ...], config: Config, like: Tensor) -> None:
+    def __init__(self, count: int, sides: tuple[int, ...], config: Config, like: Tensor) -> None:
+        super().__init__(count, sides, config, like)
         self._config = config
         self._kept = config.kept_sides(sides)
         self._power = config.exponent or 1 / (2 * len(self._kept))
-        self._sums = [like.new_zeros(sides[dim], sides[dim]) for dim in self._kept]
-        self._roots = [torch.eye(sides[dim], dtype=like.dtype, device=like.device) for dim in self._kept]
-        self._count = like.new_zeros(())
-        self._mean = like.new_zeros(sides) if config.beta1 else None
-        self._square = like.new_zeros(sides) if config.grafting in _SQUARES else None
+        # Of the sums the lower triangles alone.
+        self._sums = [self.zeros(sides[dim], sides[dim]) for dim in self._kept]
+        self._roots = [self.eye(sides[dim]) for dim in self._kept]
+        self._count = self.zeros()
+        self._mean = self.zeros(*sides) if config.beta1 else None
+        self._square = self.zeros(*sides) if config.grafting in _SQUARES else None
 
     @staticmethod
     def cost(sides: tuple[int, ...], config: Any) -> BlockCost:
         """Two squares a side; an eigendecomposition and a product for a root, products for a step."""
-        whole = 1
-        for side in sides:
-            whole *= side
+        whole = math.prod(sides)
         kept = [sides[dim] for dim in config.kept_sides(sides)]
         extra = whole * (bool(config.beta1) + (config.grafting in _SQUARES))
         return BlockCost(
@@ -98,83 +100,94 @@ class Block(MatrixBlock):
             step=sum(2.0 * side * whole for side in kept),
         )
 
-    def average(self, gradient: Tensor, take: Tensor) -> None:
+    def average(self, gradient_KS: Tensor, take: Take) -> None:
         """S, M and the second moment of grafting."""
         config = self._config
-        one = torch.ones_like(self._count)
-        self._count.add_(torch.where(take, one, 0.0))
-        decay, weight = _blend(config.beta2, take, one)
-        for sum_DD, dim in zip(self._sums, self._kept, strict=True):
-            sum_DD.mul_(decay).add_(gram(gradient, dim) * weight)
+        self._count.add_(take.count)
+        for sum_KDD, dim in zip(self._sums, self._kept, strict=True):
+            add_gram(sum_KDD, gradient_KS, dim, take.keep(config.beta2), fresh(config.beta2))
         if self._mean is not None:
-            keep, new = _blend(config.beta1, take, one)
-            self._mean.mul_(keep).add_(gradient * new)
+            self._mean.mul_(take.keep(config.beta1)).add_(gradient_KS, alpha=fresh(config.beta1))
         if self._square is not None:
-            if config.grafting == "adagrad":
-                decay, weight = one, one
-            self._square.mul_(decay).addcmul_(gradient * weight, gradient)
+            decay = 1.0 if config.grafting == "adagrad" else config.beta2
+            self._square.mul_(take.keep(decay)).addcmul_(gradient_KS, gradient_KS, value=fresh(decay))
 
-    def refresh(self) -> bool:
+    def refresh(self, index: int) -> bool:
         """Roots of the debiased second moments; all of them are taken over, or none."""
         config, found = self._config, []
-        if self._count < 1:
+        count = self._count[index]
+        if count < 1:
             return False
-        scale = 1.0 if config.beta2 == 1 else 1 / (1 - config.beta2**self._count)
-        for sum_DD in self._sums:
-            mean_DD = sum_DD * scale
+        scale = 1.0 if config.beta2 == 1 else 1 / (1 - config.beta2**count)
+        for sum_KDD in self._sums:
+            mean_DD = sum_KDD[index] * scale
             level = mean_DD.diagonal().sum()
             if not level > TINY:
                 return False  # a parameter that no loss has reached yet
             shift = config.epsilon * (level if config.epsilon_mode == "relative" else 1.0)
             if config.root == "newton":
-                root_DD, failed = roots.newton_root(mean_DD, round(1 / self._power), shift)
+                whole_DD = mean_DD.tril() + mean_DD.tril(-1).mT
+                root_DD, failed = roots.newton_root(whole_DD, round(1 / self._power), shift)
             else:
                 root_DD, failed = roots.inverse_root(mean_DD, self._power, shift)
             if failed:
                 return True
             found.append(root_DD)
-        for mine, root_DD in zip(self._roots, found, strict=True):
-            mine.copy_(root_DD)
-        self.usable = True
+        for mine_KDD, root_DD in zip(self._roots, found, strict=True):
+            mine_KDD[index].copy_(root_DD)
+        self.usable[index] = True
         return False
 
-    def act(self, gradient: Tensor, step: int) -> Tensor:
+    def act(self, gradient_KS: Tensor, step: int) -> Tensor:
         """The preconditioned, filtered gradient, of the length of grafting."""
         config = self._config
-        bias = 1 - config.beta1**self._count
-        mean = gradient if self._mean is None else self._mean / bias.clamp_min(TINY)
-        graft = self._graft(gradient, mean)
-        if step < config.start_step or not self.usable:
-            return mean if graft is None else graft
-        update = mean
-        for root_DD, dim in zip(self._roots, self._kept, strict=True):
-            update = along(root_DD, update, dim)
-        if graft is None:
-            return update
-        grafted: Tensor = update * (graft.norm() / update.norm().clamp_min(TINY))
-        return grafted
+        first = gradient_KS if self._mean is None else self._mean
+        debias = torch.ones_like(self._count)
+        if self._mean is not None:
+            debias = 1 / (1 - config.beta1**self._count).clamp_min(TINY)
+        graft = self._graft(gradient_KS, debias)
+        waiting = step < config.start_step or not any(self.usable)
+        if waiting and graft is not None:
+            return graft
+        debias = per_block(debias, first)
+        if waiting:
+            return first * debias
+        update = first
+        for root_KDD, dim in zip(self._roots, self._kept, strict=True):
+            update = along(root_KDD, update, dim)
+        # Of a grafted update the length does not matter.
+        update = update * (debias if graft is None else norms(graft) / norms(update).clamp_min(TINY))
+        mask = self.mask()
+        return (
+            update if mask is None else torch.where(mask, update, first * debias if graft is None else graft)
+        )
 
-    def _graft(self, gradient: Tensor, mean: Tensor) -> Tensor | None:
+    def _graft(self, gradient_KS: Tensor, debias_K: Tensor) -> Tensor | None:
+        """Whose length an update has; numbers for whole blocks are brought together before they are multiplied in."""
         config = self._config
         if config.grafting == "none":
             return None
+        averaged = self._mean is not None and config.grafting in ("adam", "sgd")
+        first = self._mean if averaged and self._mean is not None else gradient_KS
+        scale_K = debias_K if averaged else torch.ones_like(debias_K)
         if self._square is None:
-            return mean
-        debiased = config.beta2 < 1 and config.grafting != "adagrad"
-        bias = (1 - config.beta2**self._count).clamp_min(TINY) if debiased else 1.0
-        first = mean if config.grafting == "adam" else gradient
-        graft: Tensor = first / ((self._square / bias).sqrt() + config.grafting_epsilon)
-        return graft
+            return first * per_block(scale_K, first)
+        bias_K = torch.ones_like(self._count)
+        if config.beta2 < 1 and config.grafting != "adagrad":
+            bias_K = (1 - config.beta2**self._count).clamp_min(TINY).sqrt()
+        # m / (sqrt(v / b^2) + e) = b m / (sqrt(v) + e b)
+        root = self._square.sqrt().add_(per_block(config.grafting_epsilon * bias_K, first))
+        return torch.div(first, root, out=root).mul_(per_block(scale_K * bias_K, first))
 
-    def ready(self, step: int) -> bool:
+    def ready(self, index: int, step: int) -> bool:
         """There are roots, or they are not used yet."""
-        return self.usable or step < self._config.start_step
+        return self.usable[index] or step < self._config.start_step
 
-    def state(self) -> dict[str, Tensor]:
-        """All tensors."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All state."""
         out = {"count": self._count}
-        for dim, sum_DD, root_DD in zip(self._kept, self._sums, self._roots, strict=True):
-            out |= {f"sum{dim}": sum_DD, f"root{dim}": root_DD}
+        for dim, sum_KDD, root_KDD in zip(self._kept, self._sums, self._roots, strict=True):
+            out |= {f"sum{dim}": sum_KDD, f"root{dim}": root_KDD}
         if self._mean is not None:
             out["mean"] = self._mean
         if self._square is not None:
@@ -185,13 +198,7 @@ class Block(MatrixBlock):
 _SQUARES = ("adam", "rmsprop", "adagrad")
 
 
-def _blend(beta: float, take: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of what there was and of what is new: beta and 1 - beta (1 where beta is 1), or 1 and 0."""
-    fresh = 1.0 if beta == 1 else 1.0 - beta
-    return torch.where(take, beta * one, one), torch.where(take, fresh * one, 0.0)
-
-
 class Method(MatrixMethod):
     """Shampoo on the matrices of a model."""
 
-    block = Block
+    block = Blocks

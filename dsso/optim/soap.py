@@ -3,8 +3,8 @@
 For a block with gradient G, of whose sides those with a basis Q_i are rotated (others stay as they are),
 
     G'  = G x_1 Q_1^T x_2 Q_2^T ...
-    M   <- beta1 M + (1 - beta1) G                      kept unrotated
-    V   <- beta2 V + (1 - beta2) G' o G'                kept rotated
+    M'  <- beta1 M' + (1 - beta1) G'                    turned with the bases
+    V   <- beta2 V + (1 - beta2) G' o G'                not turned
     U   = [M' / (sqrt V + eps)] x_1 Q_1 x_2 Q_2 ... sqrt(1 - beta2^n) / (1 - beta1^n)
     S_i <- beta S_i + (1 - beta) G_i G_i^T              G_i: unfolding along side i; beta: beta2 unless given
     Q_i <- qr((S_i + r_i I) Q_i)                        at the refresh interval, after the step; r_i: ridge mean(S_ii)
@@ -31,9 +31,10 @@ from torch import Tensor
 from dsso.clip import ClipMode
 from dsso.linalg import roots
 from dsso.linalg.kron import TINY
-from dsso.optim._matrix import BlockCost, MatrixBlock, MatrixMethod
+from dsso.optim._blocks import BlockCost, MatrixBlocks, Take, fresh
+from dsso.optim._matrix import MatrixMethod
 from dsso.optim._matrix_config import MatrixConfig
-from dsso.optim._unfold import along, gram
+from dsso.optim._unfold import add_gram, along, per_block
 
 __all__ = ["Config", "Method"]
 
@@ -64,18 +65,20 @@ class Config(MatrixConfig):
     """Every so many refreshes a basis is made anew by an eigendecomposition; null: only the first one is."""
 
 
-class Block(MatrixBlock):
-    """Second moments of the sides, their bases, and Adam's moments."""
+class Blocks(MatrixBlocks):
+    """Second moments of the sides, their bases, and Adam's moments in them."""
 
     refreshed_last: ClassVar[bool] = True
 
-    def __init__(self, sides: tuple[int, ...], config: Config, like: Tensor) -> None:
+    def __init__(self, count: int, sides: tuple[int, ...], config: Config, like: Tensor) -> None:
+        super().__init__(count, sides, config, like)
         self._config = config
         self._kept = config.kept_sides(sides)
-        self._sums = [like.new_zeros(sides[dim], sides[dim]) for dim in self._kept]
-        self._bases = [torch.eye(sides[dim], dtype=like.dtype, device=like.device) for dim in self._kept]
-        self._mean, self._square = like.new_zeros(sides), like.new_zeros(sides)
-        self._count, self._turns = like.new_zeros(()), like.new_zeros(())
+        # Of the sums the lower triangles alone.
+        self._sums = [self.zeros(sides[dim], sides[dim]) for dim in self._kept]
+        self._bases = [self.eye(sides[dim]) for dim in self._kept]
+        self._mean, self._square = self.zeros(*sides), self.zeros(*sides)
+        self._count, self._turns = self.zeros(), self.zeros()
 
     @staticmethod
     def cost(sides: tuple[int, ...], config: Any) -> BlockCost:
@@ -84,82 +87,89 @@ class Block(MatrixBlock):
         kept = [sides[dim] for dim in config.kept_sides(sides)]
         return BlockCost(
             elements=sum(2 * side * side for side in kept) + 2 * whole + 2,
-            refresh=sum(4.0 * side**3 for side in kept),
-            step=sum(4.0 * side * whole for side in kept),
+            refresh=sum(5.0 * side**3 + side * whole for side in kept),
+            step=sum(2.5 * side * whole for side in kept),
         )
 
-    def _rotated(self, x: Tensor, back: bool = False) -> Tensor:
-        for basis_DD, dim in zip(self._bases, self._kept, strict=True):
-            x = along(basis_DD if back else basis_DD.mT, x, dim)
-        return x
+    def _rotated(self, x_KS: Tensor, back: bool = False) -> Tensor:
+        for basis_KDD, dim in zip(self._bases, self._kept, strict=True):
+            x_KS = along(basis_KDD if back else basis_KDD.mT, x_KS, dim)
+        return x_KS
 
-    def average(self, gradient: Tensor, take: Tensor) -> None:
-        """S, and with bases M and V."""
-        config, one = self._config, torch.ones_like(self._count)
+    def average(self, gradient_KS: Tensor, take: Take) -> None:
+        """S, and of blocks with bases M and V."""
+        config = self._config
         beta = config.beta2 if config.shampoo_beta is None else config.shampoo_beta
-        keep, new = torch.where(take, beta * one, one), torch.where(take, (1 - beta) * one, 0.0)
-        for sum_DD, dim in zip(self._sums, self._kept, strict=True):
-            sum_DD.mul_(keep).add_(gram(gradient, dim) * new)
-        if not self.usable:
+        for sum_KDD, dim in zip(self._sums, self._kept, strict=True):
+            add_gram(sum_KDD, gradient_KS, dim, take.keep(beta), fresh(beta))
+        if not any(self.usable):
             return
-        self._count.add_(torch.where(take, one, 0.0))
-        for moment, decay, value in (
-            (self._mean, config.beta1, gradient),
-            (self._square, config.beta2, self._rotated(gradient).square()),
-        ):
-            keep, new = torch.where(take, decay * one, one), torch.where(take, (1 - decay) * one, 0.0)
-            moment.mul_(keep).add_(value * new)
+        rotated, mask = self._rotated(gradient_KS), self.mask()
+        if mask is not None:
+            # Of a block without bases the moments are zero, and stay so.
+            rotated = torch.where(mask, rotated, 0.0)
+        self._count.add_(take.count if mask is None else mask.view(-1) * take.count)
+        self._mean.mul_(take.keep(config.beta1)).add_(rotated, alpha=fresh(config.beta1))
+        self._square.mul_(take.keep(config.beta2)).addcmul_(rotated, rotated, value=fresh(config.beta2))
 
-    def act(self, gradient: Tensor, step: int) -> Tensor:
+    def act(self, gradient_KS: Tensor, step: int) -> Tensor:
         """Adam's step in the eigenbasis, turned back; nothing before there is one."""
-        if not self.usable:
-            return torch.zeros_like(gradient)
+        if not any(self.usable):
+            return torch.zeros_like(gradient_KS)
         config = self._config
         root = self._square.sqrt()
-        moved = self._rotated(self._mean) / (root.clamp_min(config.floor * root.max()) + config.eps)
+        if config.floor:
+            least = root.amax(dim=tuple(range(1, root.dim())), keepdim=True) * config.floor
+            root = torch.maximum(root, least)
         first, second = (1 - beta**self._count for beta in (config.beta1, config.beta2))
-        return self._rotated(moved, back=True) * (second.sqrt() / first.clamp_min(TINY))
+        scale = second.sqrt() / first.clamp_min(TINY)
+        moved = self._mean / root.add_(config.eps) * per_block(scale, root)
+        return self._rotated(moved, back=True)
 
-    def refresh(self) -> bool:
-        """Turn the bases towards the eigenvectors; all of them, or none."""
-        every, ridge = self._config.eigh_every, self._config.ridge
-        first = not self.usable and not ridge
-        anew = first or (every is not None and (int(self._turns) + 1) % every == 0)
-        found, square = [], self._square
-        for sum_DD, basis_DD, dim in zip(self._sums, self._bases, self._kept, strict=True):
+    def refresh(self, index: int) -> bool:
+        """Turn the bases towards the eigenvectors, and the moments with them; all of it, or nothing."""
+        config = self._config
+        every, ridge = config.eigh_every, config.ridge
+        first = not self.usable[index]
+        anew = (first and not ridge) or (every is not None and (int(self._turns[index]) + 1) % every == 0)
+        found, mean, square = [], self._mean[index : index + 1], self._square[index : index + 1]
+        for sum_KDD, basis_KDD, dim in zip(self._sums, self._bases, self._kept, strict=True):
+            sum_DD, basis_DD = sum_KDD[index], basis_KDD[index]
             if not sum_DD.diagonal().mean() > TINY:
                 return False  # a parameter that no loss has reached yet
             if anew:
                 turned_DD, failed = roots.eigenbasis(sum_DD)
-                if failed:
-                    return True
-                square = along((turned_DD.mT @ basis_DD).square(), square, dim)
             else:
-                turned_DD, order_D = roots.turned_basis(sum_DD, basis_DD, ridge)
-                if not torch.isfinite(turned_DD).all():
-                    return True
-                square = square.index_select(dim, order_D)
+                whole_DD = sum_DD.tril() + sum_DD.tril(-1).mT
+                turned_DD, order_D = roots.turned_basis(whole_DD, basis_DD, ridge)
+                failed = not bool(torch.isfinite(turned_DD).all())
+            if failed:
+                return True
+            if not first:
+                between_DD = turned_DD.mT @ basis_DD
+                mean = along(between_DD.unsqueeze(0), mean, dim)
+                if anew:
+                    square = along(between_DD.square().unsqueeze(0), square, dim)
+                else:
+                    square = square.index_select(dim + 1, order_D)
             found.append(turned_DD)
-        for basis_DD, turned_DD in zip(self._bases, found, strict=True):
-            basis_DD.copy_(turned_DD)
-        self._square.copy_(square)
-        self._turns += 1
-        self.usable = True
+        for basis_KDD, turned_DD in zip(self._bases, found, strict=True):
+            basis_KDD[index].copy_(turned_DD)
+        self._mean[index].copy_(mean[0])
+        self._square[index].copy_(square[0])
+        self._turns[index] += 1
+        self.usable[index] = True
         return False
 
-    def ready(self, step: int) -> bool:
-        """There are bases."""
-        return self.usable
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All state."""
         out = {"count": self._count, "turns": self._turns, "mean": self._mean, "square": self._square}
-        for dim, sum_DD, basis_DD in zip(self._kept, self._sums, self._bases, strict=True):
-            out |= {f"sum{dim}": sum_DD, f"basis{dim}": basis_DD}
+        for dim, sum_KDD, basis_KDD in zip(self._kept, self._sums, self._bases, strict=True):
+            out |= {f"sum{dim}": sum_KDD, f"basis{dim}": basis_KDD}
         return out
 
 
 class Method(MatrixMethod):
     """SOAP on the matrices of a model."""
 
-    block = Block
+    block = Blocks

@@ -56,7 +56,7 @@ def test_the_equations() -> None:
     net = nn.Linear(4, 3, bias=False).double()
     config = Config(**PLAIN, lr=0.1, damping=0.01, max_rms=0.7, beta1=0.6)
     engine = made("PSGD", net, **PLAIN, **{"lr": 0.1, "damping": 0.01, "max_rms": 0.7, "beta1": 0.6})
-    seed = engine.optimizer.method._states["weight/0"].seed
+    seed = engine.optimizer.method._places["weight/0"][0].seeds[0]
     weight = net.weight.detach().clone()
     mean = torch.zeros(3, 4).double()
     left, right = torch.eye(3).double(), torch.eye(4).double()
@@ -117,9 +117,11 @@ def test_what_a_gradient_does_not_reach_is_not_amplified() -> None:
     for _ in range(400):
         engine.backward(nn.functional.mse_loss(engine(x), y), terms=1)
         engine.step()
-    block = engine.optimizer.method._states["weight/0"]
-    largest = max(float(torch.linalg.matrix_norm(q, 2)) for q in block._factors)
-    smallest = min(1 / float(torch.linalg.matrix_norm(torch.linalg.inv(q), 2)) for q in block._factors)
+    block = engine.optimizer.method._places["weight/0"][0]
+    largest = max(float(torch.linalg.matrix_norm(q, 2)) for q in (f[0] for f in block._factors))
+    smallest = min(
+        1 / float(torch.linalg.matrix_norm(torch.linalg.inv(q), 2)) for q in (f[0] for f in block._factors)
+    )
     assert largest / smallest < 1e3
 
 

@@ -115,11 +115,11 @@ def test_moments_follow_a_basis_that_is_made_anew() -> None:
     engine = made("SOAP", model(), **PLAIN, eigh_every=2, refresh_interval=1, floor=0.0)
     for seed in range(3):
         step(engine, seed)
-    block = engine.optimizer.method._states["one.weight/0"]
+    block = engine.optimizer.method._places["one.weight/0"][0]
     before = block._square.sum()
-    block.refresh()
+    block.refresh(0)
     torch.testing.assert_close(block._square.sum(), before)
-    q = block._bases[0]
+    q = block._bases[0][0]
     torch.testing.assert_close(q.mT @ q, torch.eye(5).double())
 
 
