@@ -30,7 +30,9 @@ def reference() -> str:
     parts = []
     for path, model in _sections():
         summary = (model.__doc__ or "").strip().splitlines()[0]
-        rows = [_row(name, field) for name, field in model.model_fields.items() if not _inner(field)]
+        fields = model.model_fields.items()
+        # A section that may be left out has a row of its own besides its table.
+        rows = [_row(name, field) for name, field in fields if not _inner(field) or field.default is None]
         if rows:
             head = ["| field | value | default | meaning |", "|---|---|---|---|"]
             parts.append("\n".join([f"### `{path}`", "", summary, "", *head, *rows]))
@@ -82,8 +84,8 @@ def _nested(path: str, model: type[StrictModel]) -> Iterator[tuple[str, type[Str
 
 
 def _inner(field: FieldInfo) -> type[StrictModel] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, StrictModel) else None
+    parts = get_args(field.annotation) or (field.annotation,)
+    return next((kind for kind in parts if isinstance(kind, type) and issubclass(kind, StrictModel)), None)
 
 
 def _row(name: str, field: FieldInfo) -> str:
@@ -134,6 +136,8 @@ def _type(kind: Any) -> str:
         return f"list of {several}{_type(args[0])}"
     if origin is dict:
         return f"object of {_type(args[1])}"
+    if isinstance(kind, type) and issubclass(kind, StrictModel):
+        return "object (see below)"
     words = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
     return {**words, ScheduleSpec: "schedule", Interval: "interval"}.get(kind, str(kind))
 

@@ -405,6 +405,14 @@ def test_a_default_that_is_made_is_told() -> None:
     assert row.split(" | ")[2] == "`[]`"
 
 
+def test_a_section_that_may_be_left_out_has_a_row_and_a_table() -> None:
+    text = recipe_docs.reference()
+    assert "<class" not in text
+    assert "| `adaptive_tau` | object (see below) or null | `null` |" in text
+    table = text.split("### `optimizer.params.adaptive_tau of KFAC`")[1].split("###")[0]
+    assert "| `quantile` | number, > 0, < 1 | `0.9` |" in table
+
+
 def test_the_examples_of_the_page_are_valid() -> None:
     blocks = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8").split("```json\n")[1:]
     whole, *fields = (block.split("```")[0] for block in blocks)

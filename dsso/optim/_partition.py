@@ -291,7 +291,9 @@ class PartitionOptimizer(torch.optim.Optimizer):
         if clipping.adaptive is not None:
             tau = self._tau = clipping.adaptive.bound(fixed)
             bounded = norms.gg if clipping.mode == "pre" else norms.uu
-            clipping.adaptive.note(self.steps, bounded.sqrt(), norms.bad)
+            if self.steps >= self.warmup.steps:
+                # Lengths of gradients say nothing of those of the method's steps.
+                clipping.adaptive.note(self.steps, bounded.sqrt(), norms.bad)
         self._scale = clip_scale(norms, clipping.mode, tau, clipping.kl_clip, lr)
         self._clip_events += ((self._scale < 1.0) & ~norms.bad).to(torch.float32)
         if self._exchange is not None:

@@ -78,6 +78,17 @@ def test_first_steps_go_along_the_gradient(kind: str) -> None:
     assert engine.health()["layers_without_factors"] <= 2  # what no loss reaches
 
 
+def test_lengths_of_first_steps_are_not_looked_at() -> None:
+    """A gradient is as long as it is; the bound is for the steps of the method."""
+    engine = made("KFAC", net(), warmup_steps=4, tau=7.0, adaptive_tau={"window": 3, "quantile": 0.5})
+    told = []
+    for seed in range(9):
+        step(engine, seed)
+        told.append(engine.health()["tau"])
+    assert told[:7] == [7.0] * 7
+    assert 7.0 not in told[7:]
+
+
 def test_steps_that_were_asked_for_are_no_reason_to_warn() -> None:
     watch = NoopWatch(5, "KFAC", {"warmup_steps": 20})
     assert all(watch.update(at, {"cos_update_grad": 1.0}) is None for at in range(1, 21))
