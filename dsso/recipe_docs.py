@@ -136,10 +136,10 @@ def _type(kind: Any) -> str:
         return f"list of {several}{_type(args[0])}"
     if origin is dict:
         return f"object of {_type(args[1])}"
-    if isinstance(kind, type) and issubclass(kind, StrictModel):
-        return "object (see below)"
     words = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
-    return {**words, ScheduleSpec: "schedule", Interval: "interval"}.get(kind, str(kind))
+    section = isinstance(kind, type) and issubclass(kind, StrictModel)
+    other = "object (see below)" if section else str(kind)
+    return {**words, ScheduleSpec: "schedule", Interval: "interval"}.get(kind, other)
 
 
 class _Schema(GenerateJsonSchema):

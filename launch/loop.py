@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from dsso.checkpoint import Checkpoint, Checkpointer, CheckpointError, find, rng_state, set_rng_state
-from dsso.curvature.labels import sample_labels
 from dsso.diagnostics import FlatWatch, MetricsLog, NoopWatch, SkipGuard
 from dsso.parallel.collectives import gather_objects, rank
 from dsso.preempt import StopRequest, control_device
 from dsso.seeding import seed_everything
 from dsso.tasks.data import Batch, global_batch, micro_batches
-from dsso.tasks.evaluate import per_term_losses
 from launch.best import Best
 from launch.prepare import Job
 from launch.progress import Progress
@@ -169,6 +167,14 @@ class Loop:
             self._tell(self._flat.update(self.step + 1, self.seeds.measures))
             return
         terms = sum(job.data.terms(index) for index in indices) / (job.world_size * gas)
+        if engine.wants_estimate():
+            with engine.estimating():
+                for part in micro_batches(indices, job.rank, job.world_size, gas):
+                    batch = job.data.collate([job.data.train[index] for index in part], part).to(
+                        engine.device
+                    )
+                    engine.backward(self._sampled(batch, terms), terms=terms)
+                    engine.step()
         for part in micro_batches(indices, job.rank, job.world_size, gas):
             batch = job.data.collate([job.data.train[index] for index in part], part).to(engine.device)
             loss = job.data.loss_sum(engine(**batch.inputs), batch) / terms
@@ -192,16 +198,7 @@ class Loop:
     def _sampled(self, batch: Batch, terms: float) -> Tensor:
         """Loss of a micro-batch at labels drawn from the model, over the terms of the global batch."""
         outputs = self.engine(**batch.inputs)
-        kind = self.job.data.loss_kind
-        logits, _ = self.job.data.logits(outputs, batch)
-        if batch.positions is None:
-            examples, places = batch.example_ids, torch.zeros_like(batch.example_ids)
-        else:
-            width = batch.labels.shape[1]
-            examples = batch.example_ids.index_select(0, batch.positions // width)
-            places = batch.positions % width
-        drawn = sample_labels(logits, kind, self.job.seed, self.step, examples, places)
-        return per_term_losses(kind, logits, drawn).sum() / terms
+        return self.job.data.sampled_loss_sum(outputs, batch, self.job.seed, self.step) / terms
 
     def _add(self, loss: Tensor) -> None:
         finite = torch.isfinite(loss)

@@ -24,6 +24,7 @@ TITLES = {
     "SHAMPOO": "Shampoo",
     "SOAP": "SOAP",
     "PSGD": "PSGD",
+    "SOPHIA": "Sophia",
     "MEZO": "MeZO",
     "ZO_ADAM": "MeZO-Adam",
     "ZO_ADAMM": "ZO-AdaMM",

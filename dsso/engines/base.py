@@ -93,6 +93,37 @@ class EngineBase:
         for name, value in self._known(tensors, parameters).items():
             parameters[name].copy_(value)
 
+    # -- windows of estimation ----------------------------------------------------------------------------------
+
+    def wants_estimate(self) -> bool:
+        """True when a window of estimation must come before the next one, see `estimating`."""
+        return not self._window_open and self.optimizer.wants_estimate()
+
+    @contextmanager
+    def estimating(self) -> Iterator[None]:
+        """Within it a window ends in an estimate of curvature: nothing moves and no step is counted.
+
+        Raises:
+            RunError: in the middle of a window, or left before the window's end.
+        """
+        if self._window_open:
+            raise RunError(
+                "an accumulation window is open", where="engine.estimating", remedy="call step first"
+            )
+        self.optimizer.estimating = True
+        try:
+            yield
+            if self.pending:
+                raise RunError(
+                    "the window of estimation has no end",
+                    where="engine.estimating",
+                    got=f"{self.pending} micro-batches",
+                    allowed=str(self.gradient_accumulation_steps),
+                )
+            self.optimizer.had_estimate()
+        finally:
+            self.optimizer.estimating = False
+
     # -- passes -------------------------------------------------------------------------------------------------
 
     def _before_forward(self) -> None:
@@ -171,7 +202,7 @@ class EngineBase:
     def _after_step(self) -> None:
         self._window_open = False
         self.pending = 0
-        self.global_steps += 1
+        self.global_steps += not self.optimizer.estimating
 
     # -- reports ------------------------------------------------------------------------------------------------
 
@@ -212,13 +243,14 @@ class EngineBase:
         """Rows `parameter, shape, method, owner, reason` for every trainable parameter."""
         method = self.optimizer.method
         owners = {} if method is None else method.owners
+        taken = {*owners, *getattr(method, "taken", ())}
         reasons = {} if method is None else method.rest
         name = "" if method is None else type(method).__module__.rsplit(".", 1)[-1].upper()
         return [
             {
                 "parameter": parameter,
                 "shape": shape,
-                "method": name if parameter in owners else self.optimizer.rules[parameter].name,
+                "method": name if parameter in taken else self.optimizer.rules[parameter].name,
                 "owner": owners.get(parameter),
                 "reason": reasons.get(parameter, ""),
             }

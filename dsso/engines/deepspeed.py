@@ -220,10 +220,25 @@ class DeepSpeedEngine(EngineBase):
         """Optimizer step at the end of a window, else nothing."""
         boundary = self.is_gradient_accumulation_boundary()
         taken = self.optimizer.steps
+        if self.optimizer.estimating:
+            self._end_estimate(boundary)
+            return
         self._ds.step()
         if boundary:
             # DeepSpeed may have dropped the step (overflow, or a norm that is not finite) before ours was asked.
             self._dropped = self._dropped + 1 if self.optimizer.steps == taken else 0
+            self._after_step()
+
+    def _end_estimate(self, boundary: bool) -> None:
+        """DeepSpeed's step without what counts it: to DeepSpeed, the window was one like any other."""
+        ds = self._ds
+        counted = ds.global_steps, ds.global_samples, ds.lr_scheduler
+        ds.lr_scheduler = None
+        try:
+            ds.step()
+        finally:
+            ds.global_steps, ds.global_samples, ds.lr_scheduler = counted
+        if boundary:
             self._after_step()
 
     def train(self, mode: bool = True) -> Any:

@@ -249,6 +249,10 @@ class ForwardEngine(EngineBase):
         """What is needed to take the last step again, see `dsso.seedlog`."""
         return self._forward.record
 
+    def wants_estimate(self) -> bool:
+        """Never: methods from forward passes measure along their own directions."""
+        return False
+
     def digest(self) -> str:
         """A number that stands for all weights, see `dsso.engines.digest`; collective.
 

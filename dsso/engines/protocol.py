@@ -7,6 +7,7 @@ needs no change; what second-order methods need besides is `terms` in `backward`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,6 +65,17 @@ class Engine(Protocol):
         Args:
             forward: runs the model on the micro-batch and returns the scalar *sum* over terms of the loss at
                 sampled labels divided by `terms`, see `dsso.curvature.labels`.
+        """
+
+    def wants_estimate(self) -> bool:
+        """True when a window of estimation must come before the next window (methods with estimates of their own)."""
+
+    def estimating(self) -> AbstractContextManager[None]:
+        """Context of a window of estimation: its backward passes get losses at labels drawn from the model.
+
+        Its micro-batches are passed through as in any window, `backward(loss, terms)` and `step()` each; at the end
+        the averaged gradient goes into the method's estimate of curvature. Weights and moments stay, and neither the
+        step nor the learning rate counts it.
         """
 
     def step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -78,7 +79,11 @@ class GradientConfig(StrictModel):
         return self
 
     def rules(
-        self, taken: Collection[str], rest: Collection[str], matrices: Collection[str]
+        self,
+        taken: Collection[str],
+        rest: Collection[str],
+        matrices: Collection[str],
+        kept: tuple[str, ...] = (),
     ) -> dict[str, Rule]:
         """SGD with momentum for what the method takes, the base method for the rest.
 
@@ -86,6 +91,7 @@ class GradientConfig(StrictModel):
             taken: parameters of the method.
             rest: the others that are trained.
             matrices: names of parameters of two or more dimensions; others are not decayed.
+            kept: what an elementwise method keeps of the elements that it takes.
         """
         base = self.base
         decay = self.weight_decay if base.weight_decay is None else base.weight_decay
@@ -99,7 +105,8 @@ class GradientConfig(StrictModel):
         rules = {name: base_rule(name, 1.0 if base.lr is None else base.lr / self.lr, decay) for name in rest}
         for name in taken:
             if base.applies_to == "all":
-                rules[name] = base_rule(name, 1.0, self.weight_decay)
+                rule = base_rule(name, 1.0, self.weight_decay)
             else:
-                rules[name] = Rule("sgd", 1.0, self.weight_decay if name in matrices else 0.0, self.momentum)
+                rule = Rule("sgd", 1.0, self.weight_decay if name in matrices else 0.0, self.momentum)
+            rules[name] = replace(rule, kept=kept)
         return rules

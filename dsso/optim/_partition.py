@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dsso.clip import ClipMode, NormQuantile, StepNorms, clip_scale, cosine
+from dsso.optim._elementwise import ElementwiseMethod, Pieces
 from dsso.optim._rules import Rule, apply_adamw, apply_sgd
 from dsso.optim.base import GradientMethod
 from dsso.parallel import collectives
@@ -74,6 +75,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         consecutive_skips, skipped: non-finite steps, known one step late.
         table: the layout of all ranks, once attached.
         dry_run: set while an engine is being built, which may step once to have states allocated.
+        estimating: the next step ends a window of estimation: nothing moves.
     """
 
     def __init__(
@@ -94,7 +96,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self.skipped = 0
         self.consecutive_skips = 0
         self.table = SpanTable({}, ())
-        self.dry_run = False
+        self.dry_run = self.estimating = False
+        self._direct: Pieces | None = None
         self._buffers: list[Tensor] = []
         self._pieces: list[_Piece] = []
         self._by_rule: dict[Rule, list[_Piece]] = {}
@@ -139,7 +142,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
         workers = {} if self.method is None else self.method.workers
         self._exchange = FragmentExchange(table, workers, me) if workers else None
         self._counted = [name for name, owner in owners.items() if owner == me]
-        self._rest = [s for s in table.ranks[me] if s.name not in owners and s.numel]
+        taken = self.method.taken if isinstance(self.method, ElementwiseMethod) else frozenset()
+        self._rest = [s for s in table.ranks[me] if s.name not in owners and s.name not in taken and s.numel]
         replicated = all(sum(s.numel for s in spans_) == sum(sizes.values()) for spans_ in table.ranks)
         self._rest_weight = 1.0 / world if replicated else 1.0
         self._pieces = self._merge(table.ranks[me])
@@ -153,7 +157,19 @@ class PartitionOptimizer(torch.optim.Optimizer):
             self.clipping.adaptive.norms = self.clipping.adaptive.norms.to(device)
         self._failures = self._without = torch.zeros((), device=device)
         self._allocate()
+        if isinstance(self.method, ElementwiseMethod):
+            self._direct = self._pieces_of(self.method)
         return table
+
+    def _pieces_of(self, method: ElementwiseMethod) -> Pieces:
+        """The pieces that an elementwise method works on."""
+        mine = [piece for piece in self._pieces if piece.rule.kept]
+        states = [self.state[buffer] for buffer in self._buffers]
+        kept = next((piece.rule.kept for piece in mine), ())
+        places = [piece.buffer for piece in mine]
+        return Pieces(
+            method, lambda flat, index: self._view(flat, mine[index]), places, states, kept, self._rest_weight
+        )
 
     def _merge(self, spans: Sequence[Span]) -> list[_Piece]:
         pieces: list[_Piece] = []
@@ -191,6 +207,15 @@ class PartitionOptimizer(torch.optim.Optimizer):
         if self.method is not None:
             self.method.begin_window(self.steps, self._retry)
 
+    def wants_estimate(self) -> bool:
+        """Whether a window of estimation is due before the next step."""
+        return isinstance(self.method, ElementwiseMethod) and self.method.wants_estimate(self.steps)
+
+    def had_estimate(self) -> None:
+        """The window of estimation before the next step has been."""
+        assert isinstance(self.method, ElementwiseMethod)
+        self.method.had_estimate(self.steps)
+
     def _flat(self, tensor: Tensor) -> Tensor:
         return tensor.view(-1)
 
@@ -222,6 +247,10 @@ class PartitionOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "the optimizer is not attached to an engine: call attach() or dsso.initialize()"
             )
+        if self.estimating:
+            assert self._direct is not None
+            self._direct.estimate(self._gradients())
+            return
         self._read_outcome()
         gradients = self._gradients()
         lr = float(self.param_groups[0]["lr"])
@@ -236,7 +265,11 @@ class PartitionOptimizer(torch.optim.Optimizer):
             updates, figures = self.method.precondition(owned)
             if self.steps < self.warmup.steps:
                 updates = {name: owned[name] * self.warmup.scale for name in updates}
-        self._norms = self._reduce(gradients, owned, updates, lost, figures)
+        direct = None
+        if self._direct is not None:
+            first = self.warmup.scale if self.steps < self.warmup.steps else None
+            direct = self._direct.act(gradients, ~lost, first)
+        self._norms = self._reduce(gradients, owned, updates, direct, lost, figures)
         self._finish(gradients, updates, lr)
         self.steps += 1
 
@@ -258,6 +291,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         gradients: Sequence[Tensor],
         owned: Mapping[str, Tensor],
         updates: Mapping[str, Tensor],
+        direct: Tensor | None,
         lost: Tensor,
         figures: Tensor,
     ) -> StepNorms:
@@ -273,11 +307,17 @@ class PartitionOptimizer(torch.optim.Optimizer):
             views = [gradients[s.buffer].narrow(0, s.offset, s.numel) for s in self._rest]
             rest = torch.nn.utils.get_total_norm(views).square().to(zero.dtype) * self._rest_weight
             uu, ug, gg = uu + rest, ug + rest, gg + rest
+        figures = figures.to(zero)
+        if direct is not None and self._direct is not None:
+            uu, ug, gg = uu + direct[0], ug + direct[1], gg + direct[2]
+            figures = torch.cat([figures, self._direct.counts()])
         # Infinity minus infinity must not hide: the flag is summed as a number of its own.
         bad = (lost | ~torch.isfinite(uu + gg + ug)).to(zero.dtype)
-        total = collectives.all_sum(torch.cat([torch.stack([uu, ug, gg, bad]), figures.to(zero.dtype)]))
+        total = collectives.all_sum(torch.cat([torch.stack([uu, ug, gg, bad]), figures]))
         flag = (total[3] > 0) | ~torch.isfinite(total[0] + total[2])
-        waiting, failed, self._without = total[4:]
+        waiting, failed, self._without = total[4:7]
+        if self._direct is not None:
+            self._direct.method.note(total[7:])
         self._failures = self._failures + failed
         self._outcome.push(torch.stack([flag.to(zero.dtype), waiting]))
         return StepNorms(total[0], total[1], total[2], flag)

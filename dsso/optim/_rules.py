@@ -29,6 +29,7 @@ class Rule:
         nesterov: of `sgd`: step along u + momentum m.
         coupled: weight decay is added to the update instead, as in the first SGD and Adam.
         betas, eps: of `adamw`.
+        kept: names of what an elementwise method keeps of every element besides.
     """
 
     name: RuleName
@@ -39,13 +40,14 @@ class Rule:
     coupled: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    kept: tuple[str, ...] = ()
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """Names of the moments that the rule keeps."""
+        """Names of what is kept of every element."""
         if self.name == "adamw":
-            return ("exp_avg", "exp_avg_sq")
-        return ("exp_avg",) if self.momentum else ()
+            return ("exp_avg", "exp_avg_sq", *self.kept)
+        return ("exp_avg", *self.kept) if self.momentum else self.kept
 
 
 def apply_sgd(

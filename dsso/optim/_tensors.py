@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from dsso.curvature.layers import output_head
 
+EXCLUDED = "excluded by the recipe"
+"""Why a parameter is left out that the recipe says so of."""
+
 
 @dataclass(frozen=True)
 class TensorBlock:
@@ -77,7 +80,6 @@ def choose(model: nn.Module, exclude: Sequence[str], embeddings: bool) -> Chosen
         exclude: regular expressions searched in module paths.
         embeddings: take embeddings and the output head as well.
     """
-    patterns = [re.compile(pattern) for pattern in exclude]
     vocabulary = {
         id(parameter)
         for module in model.modules()
@@ -99,11 +101,16 @@ def choose(model: nn.Module, exclude: Sequence[str], embeddings: bool) -> Chosen
             rest[name] = "embedding"
         elif id(parameter) in heads and not embeddings:
             rest[name] = "output head over the vocabulary"
-        elif any(pattern.search(name.rpartition(".")[0]) for pattern in patterns):
-            rest[name] = "excluded by the recipe"
+        elif excluded(name, exclude):
+            rest[name] = EXCLUDED
         else:
             shapes[name] = shape
     return Chosen(shapes, rest)
+
+
+def excluded(name: str, exclude: Sequence[str]) -> bool:
+    """Whether one of the regular expressions is found in the path of a parameter's module."""
+    return any(re.search(pattern, name.rpartition(".")[0]) for pattern in exclude)
 
 
 def merged(shape: Sequence[int], limit: int) -> tuple[int, ...]:

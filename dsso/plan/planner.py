@@ -10,6 +10,7 @@ from torch import nn
 
 from dsso.errors import RecipeError
 from dsso.optim import ekfac, is_forward, kfac
+from dsso.optim._elementwise import ElementwiseConfig
 from dsso.optim._gradient_config import GradientConfig
 from dsso.optim._kronecker_config import KroneckerConfig
 from dsso.optim._matrix_config import MatrixConfig
@@ -100,7 +101,7 @@ def _plan(
         method = EkfacPlan(seen, config, world, recipe.gas, strategy)
     elif isinstance(config, MatrixConfig):
         method = MatrixPlan(seen, recipe.optimizer_type, config, world)
-    if recipe.is_method and method is None:
+    if recipe.is_method and method is None and not isinstance(config, ElementwiseConfig):
         raise RecipeError(
             "no plan can be made for this method", where="optimizer.type", got=recipe.optimizer_type
         )
@@ -174,7 +175,8 @@ def _rows(
     config = recipe.optimizer_config
     for weight in seen.trained:
         kind = recipe.optimizer_type
-        if isinstance(config, GradientConfig) and weight.name not in owners:
+        taken = weight.name not in seen.rest if method is None else weight.name in owners
+        if isinstance(config, GradientConfig) and not taken:
             kind = config.base.type
         yield {
             "parameter": weight.name,
@@ -199,6 +201,8 @@ def _moments(seen: Survey, recipe: ResolvedRecipe) -> dict[str, tuple[str, ...]]
         return {weight.name: kept for weight in seen.trained}
     base = of(config.base.type, config.base.momentum)
     own = base if config.base.applies_to == "all" else of("sgd", config.momentum)
+    if isinstance(config, ElementwiseConfig):
+        own = (*own, *config.kept)
     return {weight.name: base if weight.name in seen.rest else own for weight in seen.trained}
 
 

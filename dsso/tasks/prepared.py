@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsso.config import TaskConfig
+from dsso.curvature.labels import sample_labels
 from dsso.errors import RecipeError
 from dsso.tasks import evaluate as evaluation
 from dsso.tasks.base import Example, Task
@@ -118,6 +119,25 @@ class PreparedTask:
     def loss_sum(self, outputs: Any, batch: Batch) -> Tensor:
         """Sum of the losses of a batch, a scalar in fp32; divide by the terms of the whole global batch."""
         return evaluation.per_term_losses(self.loss_kind, *self.logits(outputs, batch)).sum()
+
+    def sampled_loss_sum(self, outputs: Any, batch: Batch, seed: int, step: int) -> Tensor:
+        """Sum of the losses of a batch at labels drawn from the model, a scalar in fp32.
+
+        Args:
+            outputs: of the model.
+            batch: that it was given.
+            seed: of the run.
+            step: of the run; with the examples' numbers and positions it decides the draw.
+        """
+        logits, _ = self.logits(outputs, batch)
+        if batch.positions is None:
+            examples, places = batch.example_ids, torch.zeros_like(batch.example_ids)
+        else:
+            width = batch.labels.shape[1]
+            examples = batch.example_ids.index_select(0, batch.positions // width)
+            places = batch.positions % width
+        drawn = sample_labels(logits, self.loss_kind, seed, step, examples, places)
+        return evaluation.per_term_losses(self.loss_kind, logits, drawn).sum()
 
     def evaluate(
         self,

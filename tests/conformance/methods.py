@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dsso.curvature.labels import sample_labels
 from dsso.engines import make_optimizer
 from dsso.engines.single import SingleEngine
 from dsso.optim import available, is_forward, resolve
@@ -71,17 +73,24 @@ def step(engine: SingleEngine, seed: int, scale: float = 1.0) -> None:
     """A whole window, sampled labels where the method asks for them."""
     x, y = batch(seed, next(engine.module.parameters()).dtype)
     count = engine.gradient_accumulation_steps
-    for index, (part_x, part_y) in enumerate(zip(x.chunk(count), y.chunk(count), strict=True)):
+    parts = list(zip(x.chunk(count), y.chunk(count), range(0, BATCH, BATCH // count), strict=True))
+
+    def sampled(part_x: Tensor, first: int) -> Tensor:
+        """Loss at labels that depend on the seed and on the example's number alone."""
+        logits = engine(part_x)
+        examples = torch.arange(first, first + len(part_x))
+        drawn = sample_labels(logits, "cross_entropy", 0, seed, examples, torch.zeros_like(examples))
+        return nn.functional.cross_entropy(logits, drawn) * scale
+
+    if engine.wants_estimate():
+        with engine.estimating():
+            for part_x, _, first in parts:
+                engine.backward(sampled(part_x, first), terms=len(part_x))
+                engine.step()
+    for part_x, part_y, first in parts:
         engine.backward(nn.functional.cross_entropy(engine(part_x), part_y) * scale, terms=len(part_x))
         if engine.wants_sampled_pass():
-            generator = torch.Generator().manual_seed(1000 * seed + index)
-
-            def loss(part_x: Tensor = part_x, generator: torch.Generator = generator) -> Tensor:
-                logits = engine(part_x)
-                drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)
-                return nn.functional.cross_entropy(logits, drawn.view(-1)) * scale
-
-            engine.sampled_pass(loss)
+            engine.sampled_pass(partial(sampled, part_x, first))
         engine.step()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -237,31 +238,32 @@ def method_config(case: Case, alone: bool = False) -> Any:
     given = dict(lr=1e-3, momentum=0.5, weight_decay=0.01, clip="post", tau=5.0)
     config = resolve(case.method).Config
     intervals = {name: [[0, 1], [3, 2]] for name in config.model_fields if name.endswith("_interval")}
-    return config(**given, **intervals, block_side=24, base={"type": "SGD", "lr": 0.01})
+    blocks = {"block_side": 24} if "block_side" in config.model_fields else {}
+    return config(**given, **intervals, **blocks, base={"type": "SGD", "lr": 0.01})
 
 
 def train(engine: Any, data: Any, case: Case, rank: int, world_size: int, gas: int) -> dict[str, Tensor]:
     """Five steps on the global batches of the task; the trainable parameters, as far as this rank has whole ones."""
-    from dsso.curvature.labels import sample_labels
-    from dsso.tasks.evaluate import per_term_losses
-
     engine.train()
     for step in range(STEPS):
         indices = tasks.data.global_batch(len(data.train), case.batch, 0, step)
         terms = sum(data.terms(i) for i in indices) / (world_size * gas)
-        for part in tasks.data.micro_batches(indices, rank, world_size, gas):
-            batch = data.collate([data.train[i] for i in part], part).to(engine.device)
+        parts = list(tasks.data.micro_batches(indices, rank, world_size, gas))
+        batches = [data.collate([data.train[i] for i in part], part).to(engine.device) for part in parts]
+
+        def sampled(batch: Any, step: int = step, terms: float = terms) -> Tensor:
+            return data.sampled_loss_sum(engine(**batch.inputs), batch, 0, step) / terms
+
+        if engine.wants_estimate():
+            with engine.estimating():
+                for batch in batches:
+                    engine.backward(sampled(batch), terms=terms)
+                    engine.step()
+        for batch in batches:
             loss = data.loss_sum(engine(**batch.inputs), batch) / terms
             engine.backward(loss, terms=terms)
             if engine.wants_sampled_pass():
-
-                def forward(batch: Any = batch, step: int = step, terms: float = terms) -> Tensor:
-                    logits, _ = data.logits(engine(**batch.inputs), batch)
-                    ids = batch.example_ids
-                    drawn = sample_labels(logits, data.loss_kind, 0, step, ids, torch.zeros_like(ids))
-                    return per_term_losses(data.loss_kind, logits, drawn).sum() / terms
-
-                engine.sampled_pass(forward)
+                engine.sampled_pass(functools.partial(sampled, batch))
             engine.step()
     found = dict(engine.gathered_state_dict())
     if found:

@@ -113,6 +113,8 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "zero-2 fp32 lora ekfac": other(
         "EKFAC", recipe("zero-2", model="tiny-t5", peft=LORA), **recipe("ddp")["optimizer"]["params"]
     ),
+    "zero-2 bf16 sophia": other("SOPHIA", recipe("zero-2", "bf16"), estimate_interval=2),
+    "fsdp2 fp32 lora sophia": other("SOPHIA", recipe("fsdp2", model="tiny-t5", peft=LORA), momentum=0.5),
     "ddp fp32 lora psgd": other("PSGD", recipe("ddp", model="tiny-t5", peft=LORA), momentum=0.5),
     "zero-2 fp32 inverses": recipe("zero-2", params={"apply": "inverse"}),
     "zero-2 bf16 accumulated": recipe("zero-2", "bf16", gas=2),

@@ -109,7 +109,15 @@ def window(engine: EngineBase, data: Any, step: int) -> dict[str, int]:
     indices = tasks.data.global_batch(len(data.train), total, 0, step)
     terms = sum(data.terms(i) for i in indices) / (engine.world_size * gas)
     seen: dict[int, int] = {}
-    for part in tasks.data.micro_batches(indices, engine.rank, engine.world_size, gas):
+    parts = list(tasks.data.micro_batches(indices, engine.rank, engine.world_size, gas))
+    if engine.wants_estimate():
+        with engine.estimating():
+            for part in parts:
+                batch = data.collate([data.train[i] for i in part], part)
+                sampled = data.sampled_loss_sum(engine(**batch.inputs), batch, 0, step)
+                engine.backward(sampled / terms, terms=terms)
+                engine.step()
+    for part in parts:
         batch = data.collate([data.train[i] for i in part], part)
         loss = data.loss_sum(engine(**batch.inputs), batch) / terms
         engine.backward(loss, terms=terms)

@@ -1,0 +1,172 @@
+"""Sophia-G: clipped steps over a diagonal of the Gauss-Newton matrix, estimated now and then from sampled labels.
+
+    q    = gradient of the mean loss at labels drawn from the model, averaged over all ranks, not clipped
+    h    <- beta2 h + (1 - beta2) B q o q            every `estimate_interval` steps; B: loss terms of that window
+    m    <- beta1 m + (1 - beta1) g                  every step
+    u    = clip(m / max(gamma h, f gamma mean(h), eps), -1, 1)
+
+E[B q o q] is the diagonal of the Gauss-Newton matrix of the mean loss: gradients at sampled labels have mean zero and
+are independent from term to term, so squares of their sum are the sum of their squares. B counts the terms that the
+mean is over, those of all ranks together and none that is masked out.
+
+Source: Liu, Li, Hall, Liang, Ma 2023, algorithms 2 (Gauss-Newton-Bartlett) and 3. Deviations: the floor f, without
+which an element that no estimate has reached takes a step of full size along the sign of its rounding errors (0: as
+published); clipping by `tau`, momentum and decay as for all methods here, after u.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dsso.clip import ClipMode
+from dsso.optim._elementwise import ElementwiseConfig, ElementwiseMethod, State
+from dsso.optim._rules import Rule
+from dsso.optim._tensors import EXCLUDED, excluded
+from dsso.parallel import collectives
+
+__all__ = ["Config", "Method"]
+
+FIRST, DIAGONAL = "sophia_m", "sophia_h"
+"""Names under which m and h lie in the optimizer's state."""
+
+
+class Config(ElementwiseConfig):
+    """Parameters of Sophia (`optimizer.params`)."""
+
+    kept: ClassVar[tuple[str, ...]] = (FIRST, DIAGONAL)
+
+    lr: float = Field(default=3e-4, gt=0)
+    """Learning rate, somewhat below Adam's: no element moves further than it in a step."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """m <- momentum m + u on clipped updates, on top of `beta1`."""
+    clip: ClipMode = "none"
+    """What `tau` bounds: nothing, the gradient norm (`pre`) or the norm of the update (`post`), at most the root of the
+    number of elements."""
+    beta1: float = Field(default=0.96, ge=0, lt=1)
+    """Decay of the averaged gradient."""
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of the averaged diagonal, per estimate."""
+    gamma: float = Field(default=0.05, gt=0)
+    """Times the diagonal: the smaller, the more elements are clipped."""
+    eps: float = Field(default=1e-12, gt=0)
+    """Least divisor."""
+    floor: float = Field(default=0.01, ge=0, lt=1)
+    """Elements of h below this share of the mean of all count as that; 0: as published."""
+
+
+class Method(ElementwiseMethod):
+    """Sophia-G on all matrices and vectors that are trained.
+
+    Args:
+        config: its parameters.
+        model: the unwrapped model.
+        device: where state lives.
+        rank, world_size, example: not used: nothing has an owner and nothing is measured in modules.
+
+    Raises:
+        RecipeError: a pattern of `exclude` is none.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        example: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.interval = config.estimate_interval
+        self.workers: dict[str, tuple[int, ...]] = {}
+        self.owners: dict[str, int] = {}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.rest = {name: EXCLUDED for name in trained if excluded(name, config.exclude)}
+        self.taken = frozenset(trained.keys() - self.rest.keys())
+        self._order = [name for name in trained if name in self.taken]
+        self._matrices = {name for name, p in trained.items() if len(getattr(p, "ds_shape", p.shape)) > 1}
+        self._size = sum(
+            int(getattr(trained[name], "ds_numel", trained[name].numel())) for name in self._order
+        )
+        self._mean = torch.zeros((), device=device)
+        self._free = torch.zeros(1, device=device)
+        self._share = torch.ones((), device=device)
+        self._terms: float | Tensor = 0.0
+        self._estimates = 0
+
+    def rules(self) -> dict[str, Rule]:
+        """SGD for what is taken, with m and h beside; the base method for what is excluded."""
+        return self.config.rules(self._order, self.rest, self._matrices, self.config.kept)
+
+    # -- a window -------------------------------------------------------------------------------------------------
+
+    def begin_window(self, step: int, retry: bool) -> None:
+        """Count the loss terms of a window from zero."""
+        self._terms = 0.0
+
+    def before_backward(self, scale: float | Tensor, terms: float | Tensor, last: bool = False) -> None:
+        """Count the loss terms."""
+        self._terms = self._terms + terms
+
+    def estimate(
+        self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor, weight: float
+    ) -> None:
+        """H <- beta2 h + (1 - beta2) B q o q, and its mean over all elements."""
+        terms = self._mean.new_zeros(1) + self._terms
+        count = collectives.all_sum(terms)[0]
+        beta, total = self.config.beta2, self._mean.new_zeros(1)
+        for q, state in zip(gradients, states, strict=True):
+            h = state[DIAGONAL]
+            new = torch.lerp(h, q.square() * count, 1 - beta)
+            h.copy_(torch.where(take, new, h))
+            total = total + h.sum()
+        self._mean = collectives.all_sum(total * weight)[0] / self._size
+        self._estimates += 1
+
+    def measured_badly(self) -> Tensor:
+        """Nothing of its own, but m is a statistic of gradients: all ranks have to agree that they are finite."""
+        return torch.zeros((), dtype=torch.bool, device=self._mean.device)
+
+    # -- the update -----------------------------------------------------------------------------------------------
+
+    def act(self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor) -> list[Tensor]:
+        """U = clip(m / max(gamma h, f gamma mean(h), eps), -1, 1)."""
+        config, updates = self.config, []
+        least = (config.gamma * config.floor * self._mean).clamp_min(config.eps)
+        self._free = self._free.new_zeros(1)
+        for g, state in zip(gradients, states, strict=True):
+            m = state[FIRST]
+            m.copy_(torch.where(take, torch.lerp(m, g, 1 - config.beta1), m))
+            ratio = m / torch.maximum(config.gamma * state[DIAGONAL], least)
+            self._free += (ratio.abs() < 1).sum()
+            updates.append(torch.where(take, ratio.clamp(-1.0, 1.0), torch.zeros_like(ratio)))
+        return updates
+
+    def counts(self) -> Tensor:
+        """Elements of this rank's pieces that were not clipped."""
+        return self._free
+
+    def note(self, counts: Tensor) -> None:
+        """Learn how many elements were not clipped, over all ranks."""
+        self._share = counts[0] / self._size
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def health(self) -> dict[str, float]:
+        """`win_rate`, the share of elements that were not clipped, and the number of estimates."""
+        return {"win_rate": float(self._share), "estimates": float(self._estimates)}
+
+    def counters(self) -> dict[str, Any]:
+        """The mean of h and the number of estimates."""
+        return {"common": {"mean": float(self._mean), "estimates": self._estimates}, "owned": {}}
+
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
+        """Take over what `counters` returned."""
+        common = counters["common"]
+        self._mean = self._mean.new_tensor(common["mean"])
+        self._estimates = int(common["estimates"])
