@@ -49,7 +49,7 @@ class EngineBase:
         self.micro_batch_size = micro_batch_size
         self.global_steps = 0
         self._window_open = False
-        self._sampling = False
+        self._sampling = self._estimating = False
         self._terms: float | Tensor = 1.0
         self._labels = TokenMasks(module) if optimizer.method is not None else None
         trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -110,7 +110,7 @@ class EngineBase:
             raise RunError(
                 "an accumulation window is open", where="engine.estimating", remedy="call step first"
             )
-        self.optimizer.estimating = True
+        self.optimizer.estimating = self._estimating = True
         try:
             yield
             if self.pending:
@@ -122,7 +122,7 @@ class EngineBase:
                 )
             self.optimizer.had_estimate()
         finally:
-            self.optimizer.estimating = False
+            self.optimizer.estimating = self._estimating = False
 
     # -- passes -------------------------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class EngineBase:
     def _after_step(self) -> None:
         self._window_open = False
         self.pending = 0
-        self.global_steps += not self.optimizer.estimating
+        self.global_steps += not self._estimating
 
     # -- reports ------------------------------------------------------------------------------------------------
 

@@ -220,7 +220,7 @@ class DeepSpeedEngine(EngineBase):
         """Optimizer step at the end of a window, else nothing."""
         boundary = self.is_gradient_accumulation_boundary()
         taken = self.optimizer.steps
-        if self.optimizer.estimating:
+        if self._estimating:
             self._end_estimate(boundary)
             return
         self._ds.step()

@@ -80,7 +80,7 @@ class WindowEngine(EngineBase):
         self._bring_gradients()
         self.optimizer.step()
         self._drop_gradients()
-        if self.scheduler is not None and not self.optimizer.estimating:
+        if self.scheduler is not None and not self._estimating:
             self.scheduler.step()
         self._micro = 0
         self._after_step()

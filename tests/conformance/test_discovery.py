@@ -13,7 +13,7 @@ from tests.conformance import methods, table, test_methods
 
 NEW = '''"""A method that somebody has just added: Shampoo by another name."""
 
-from dsso.optim.shampoo import Block, Config
+from dsso.optim.shampoo import Blocks, Config
 from dsso.optim._matrix import MatrixMethod
 
 __all__ = ["Config", "Method"]
@@ -22,7 +22,7 @@ __all__ = ["Config", "Method"]
 class Method(MatrixMethod):
     """On the matrices of a model."""
 
-    block = Block
+    block = Blocks
 '''
 
 
