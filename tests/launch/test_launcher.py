@@ -154,7 +154,7 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path, command: Command) -> N
     done = run(command, write_recipe(tmp_path, PLAIN), tmp_path / "out", fault="die:1:5")
     assert done.returncode != 0
     told = done.stdout + done.stderr
-    assert "rank 0: another rank has ended, or did not answer within dsso.train.timeout_minutes" in told
+    assert "rank 0: another rank has ended, or did not answer within dsso.train.timeout_minutes" in told, told
     assert "a rank that was killed from outside" in told
     newest = tmp_path / "out" / "checkpoints" / "step_00000004"
     assert f"remedy: --resume auto goes on from {newest}" in told
@@ -173,7 +173,7 @@ def test_a_rank_that_hangs_ends_the_others_within_the_time_out(tmp_path: Path, c
     done = run(command, recipe, tmp_path / "out", fault="hang:1:5")
     assert done.returncode != 0
     told = done.stdout + done.stderr
-    assert "rank 0: another rank has ended, or did not answer within dsso.train.timeout_minutes" in told
+    assert "rank 0: another rank has ended, or did not answer within dsso.train.timeout_minutes" in told, told
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_a_rank_that_stops_in_the_middle_of_a_refresh_ends_the_others(
     done = run(command, recipe, tmp_path / "out", fault=fault)
     assert done.returncode != 0
     told = done.stdout + done.stderr
-    assert "rank 0: another rank has ended, or did not answer within dsso.train.timeout_minutes" in told
+    assert "rank 0: another rank has ended, or did not answer within dsso.train.timeout_minutes" in told, told
 
 
 @pytest.mark.slow
