@@ -8,7 +8,7 @@ how the batch was split. Nothing here looks at a device value except on logging 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -169,20 +169,22 @@ class Loop:
         terms = sum(job.data.terms(index) for index in indices) / (job.world_size * gas)
         if engine.wants_estimate():
             with engine.estimating():
-                for part in micro_batches(indices, job.rank, job.world_size, gas):
-                    batch = job.data.collate([job.data.train[index] for index in part], part).to(
-                        engine.device
-                    )
+                for batch in self._batches(indices):
                     engine.backward(self._sampled(batch, terms), terms=terms)
                     engine.step()
-        for part in micro_batches(indices, job.rank, job.world_size, gas):
-            batch = job.data.collate([job.data.train[index] for index in part], part).to(engine.device)
+        for batch in self._batches(indices):
             loss = job.data.loss_sum(engine(**batch.inputs), batch) / terms
             engine.backward(loss, terms=terms)
             if engine.wants_sampled_pass():
                 engine.sampled_pass(partial(self._sampled, batch, terms))
             engine.step()
             self._add(loss.detach())
+
+    def _batches(self, indices: Sequence[int]) -> Iterator[Batch]:
+        """This rank's micro-batches of a global batch."""
+        job, gas = self.job, self.engine.gradient_accumulation_steps
+        for part in micro_batches(indices, job.rank, job.world_size, gas):
+            yield job.data.collate([job.data.train[index] for index in part], part).to(self.engine.device)
 
     def _evaluated(self, indices: Sequence[int]) -> Tensor:
         """Sums that the objective is a function of, over this rank's share of a global batch."""

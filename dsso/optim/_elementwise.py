@@ -41,10 +41,12 @@ class ElementwiseMethod(GradientMethod):
     Attributes:
         taken: names of the parameters that it updates; their rules name what is kept.
         interval: of the estimates.
+        device: where figures are made.
     """
 
     taken: frozenset[str]
     interval: Interval
+    device: torch.device
     _had: int = -1
 
     def wants_estimate(self, step: int) -> bool:
@@ -106,7 +108,7 @@ class ElementwiseMethod(GradientMethod):
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """No parameter has an owner."""
-        return {}, torch.zeros(3)
+        return {}, torch.zeros(3, device=self.device)
 
     def state_bytes(self) -> int:
         """Nothing beside the optimizer's state."""

@@ -21,7 +21,7 @@ smoothing, without which a step depends on rounding errors (0: as published).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -103,16 +103,9 @@ class Moments:
 
     def mean(self) -> Tensor:
         """S / n, averaged over neighbouring eigenvectors, [O, I]."""
-        parts = [
-            block.averaged(part)
-            for block, part in zip(self._rows, self._split(self.sum_OI, self._rows), strict=True)
-        ]
-        s_IO = torch.cat(parts).mT
-        parts = [
-            block.averaged(part)
-            for block, part in zip(self._columns, self._split(s_IO, self._columns), strict=True)
-        ]
-        return torch.cat(parts).mT / self.weight.clamp_min(kron.TINY)
+        s_IO = blockwise(self._rows, self.sum_OI, EigenBlock.averaged).mT
+        s_OI = blockwise(self._columns, s_IO, EigenBlock.averaged).mT
+        return s_OI / self.weight.clamp_min(kron.TINY)
 
 
 def blocks_of(factor: Factor) -> list[EigenBlock]:
@@ -120,22 +113,16 @@ def blocks_of(factor: Factor) -> list[EigenBlock]:
     return [block for block in factor.blocks if isinstance(block, EigenBlock)]
 
 
-def turned(factor: Factor, v_DR: Tensor) -> Tensor:
-    """Q^T V, block by block.
+def blockwise(
+    blocks: Sequence[EigenBlock], x_DR: Tensor, act: Callable[[EigenBlock, Tensor], Tensor]
+) -> Tensor:
+    """What every block makes of its rows, put together again.
 
     Shapes:
-        v_DR, result: [D, R].
+        x_DR, result: [D, R], D the sum of the blocks' sides.
     """
-    blocks = blocks_of(factor)
-    pieces = torch.split(v_DR, list(factor.dims.blocks))
-    return torch.cat([block.turned(piece) for block, piece in zip(blocks, pieces, strict=True)])
-
-
-def turned_back(factor: Factor, v_DR: Tensor) -> Tensor:
-    """Q V, block by block; shapes as of `turned`."""
-    blocks = blocks_of(factor)
-    pieces = torch.split(v_DR, list(factor.dims.blocks))
-    return torch.cat([block.back(piece) for block, piece in zip(blocks, pieces, strict=True)])
+    parts = torch.split(x_DR, [block.values_D.numel() for block in blocks])
+    return torch.cat([act(block, part) for block, part in zip(blocks, parts, strict=True)])
 
 
 class Method(KroneckerMethod):
@@ -189,19 +176,26 @@ class Method(KroneckerMethod):
 
     def _apply(self, pairs: Sequence[LayerPair], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Q_G [M' / (S + l)] Q_A^T."""
-        a, matrices = pairs[0].a, [pair.matrix(gradients) for pair in pairs]
-        half_OI = torch.cat([turned(_g(pair), m_OI) for pair, m_OI in zip(pairs, matrices, strict=True)])
+        a, matrices = blocks_of(pairs[0].a), [pair.matrix(gradients) for pair in pairs]
+        half_OI = torch.cat(
+            [
+                blockwise(blocks_of(_g(pair)), m_OI, EigenBlock.turned)
+                for pair, m_OI in zip(pairs, matrices, strict=True)
+            ]
+        )
         sizes = [m_OI.shape[0] for m_OI in matrices]
         scaled = []
-        for pair, turned_OI in zip(pairs, torch.split(turned(a, half_OI.mT).mT, sizes), strict=True):
+        for pair, turned_OI in zip(
+            pairs, torch.split(blockwise(a, half_OI.mT, EigenBlock.turned).mT, sizes), strict=True
+        ):
             moments = self.moments[pair.layer.name]
             moments.add(turned_OI, self._total, self._decay, self._take & pair.ready())
-            shift = blocks_of(a)[0].shift * blocks_of(_g(pair))[0].shift
+            shift = a[0].shift * blocks_of(_g(pair))[0].shift
             scaled.append(turned_OI / (moments.mean() + shift))
         updates: dict[str, Tensor] = {}
-        parts = torch.split(turned_back(a, torch.cat(scaled).mT).mT, sizes)
+        parts = torch.split(blockwise(a, torch.cat(scaled).mT, EigenBlock.back).mT, sizes)
         for pair, part_OI in zip(pairs, parts, strict=True):
-            u_OI = turned_back(_g(pair), part_OI)
+            u_OI = blockwise(blocks_of(_g(pair)), part_OI, EigenBlock.back)
             updates |= pair.flattened(torch.where(pair.ready(), u_OI, torch.zeros_like(u_OI)))
         return updates
 

@@ -16,7 +16,7 @@ back bit by bit after a perturbation, because they are never overwritten; losses
 global batch; weight decay applies to matrices only. `noise: rademacher` takes signs instead of normal numbers. Of FZOO
 only the step is here, not its batched forward pass; where all losses are alike, a normalized step has no length.
 
-Source: Malladi, Gao, Nichani, Damian, Lee, Chen, Arora 2023, "Fine-tuning language models with just forward passes".
+Source: Malladi, Gao, Nichani, Damian, Lee, Chen, Arora 2023, arXiv:2305.17333.
 """
 
 from __future__ import annotations

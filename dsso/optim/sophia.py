@@ -83,6 +83,7 @@ class Method(ElementwiseMethod):
     ) -> None:
         self.config = config
         self.interval = config.estimate_interval
+        self.device = device
         self.workers: dict[str, tuple[int, ...]] = {}
         self.owners: dict[str, int] = {}
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -9,7 +9,7 @@ Deviations from the published description: m and v are kept in fp32, eight bytes
 weights are; with several directions their mean is squared, not each of them; weight decay is decoupled and applies to
 matrices only.
 
-Source: Malladi et al. 2023, "Fine-tuning language models with just forward passes", MeZO-Adam; Kingma and Ba 2015.
+Source: Malladi et al. 2023, arXiv:2305.17333, MeZO-Adam; Kingma and Ba 2015.
 """
 
 from __future__ import annotations

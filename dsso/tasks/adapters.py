@@ -160,7 +160,7 @@ def _shortest(names: list[str], model: nn.Module) -> list[str]:
 def _task_type(bundle: ModelBundle) -> str | None:
     if bundle.head != "prompt":
         return "SEQ_CLS"
-    # peft has no kind for masked language models; the plain wrapper serves them
+    # peft has no kind for masked LMs; the plain wrapper serves them
     return {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "encoder": None}[bundle.family]
 
 
