@@ -40,6 +40,7 @@ from dsso.recipe_checks import (
 )
 from dsso.recipe_forward import check_for_forward, check_for_ranks
 from dsso.recipe_models import BASELINES, SCHEDULERS, WARMUP_SHARE, BaselineConfig, without_none
+from dsso.recipe_products import check_products
 
 __all__ = ["BaselineConfig", "Precision", "Recipe", "ResolvedRecipe", "load_recipe"]
 
@@ -246,6 +247,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         notes = check_for_forward(raw, kind, stage)
     elif is_method:
         check_for_method(raw, kind, stage)
+        check_products(model, kind, numbers, stage, dsso.engine)
     elif raw.get("gradient_clipping") == "auto":
         raise RecipeError(
             f"'auto' cannot be filled in for {kind}",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dsso.checkpoint import Checkpoint, Checkpointer, CheckpointError, find, rng_state, set_rng_state
 from dsso.diagnostics import FlatWatch, MetricsLog, NoopWatch, SkipGuard
+from dsso.engines import estimates
 from dsso.parallel.collectives import gather_objects, rank
 from dsso.preempt import StopRequest, control_device
 from dsso.seeding import seed_everything
@@ -167,11 +168,7 @@ class Loop:
             self._tell(self._flat.update(self.step + 1, self.seeds.measures))
             return
         terms = sum(job.data.terms(index) for index in indices) / (job.world_size * gas)
-        if engine.wants_estimate():
-            with engine.estimating():
-                for batch in self._batches(indices):
-                    engine.backward(self._sampled(batch, terms), terms=terms)
-                    engine.step()
+        estimates.run(engine, partial(self._estimated, indices, terms))
         for batch in self._batches(indices):
             loss = job.data.loss_sum(engine(**batch.inputs), batch) / terms
             engine.backward(loss, terms=terms)
@@ -185,6 +182,12 @@ class Loop:
         job, gas = self.job, self.engine.gradient_accumulation_steps
         for part in micro_batches(indices, job.rank, job.world_size, gas):
             yield job.data.collate([job.data.train[index] for index in part], part).to(self.engine.device)
+
+    def _estimated(self, indices: Sequence[int], terms: float) -> Iterator[estimates.MicroBatch]:
+        """The same, for windows of estimation."""
+        job = self.job
+        for batch in self._batches(indices):
+            yield job.data.micro_batch(self.engine, batch, terms, job.seed, self.step)
 
     def _evaluated(self, indices: Sequence[int]) -> Tensor:
         """Sums that the objective is a function of, over this rank's share of a global batch."""

@@ -25,6 +25,7 @@ TITLES = {
     "SOAP": "SOAP",
     "PSGD": "PSGD",
     "SOPHIA": "Sophia",
+    "GAUSS_NEWTON": "Gauss-Newton",
     "MEZO": "MeZO",
     "ZO_ADAM": "MeZO-Adam",
     "ZO_ADAMM": "ZO-AdaMM",

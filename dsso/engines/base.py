@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dsso.curvature.masks import TokenMasks
 from dsso.engines import portable
 from dsso.errors import RunError
+from dsso.optim._elementwise import ElementwiseMethod, Estimate
 from dsso.optim._partition import PartitionOptimizer
 from dsso.parallel import collectives
 
@@ -95,9 +96,63 @@ class EngineBase:
 
     # -- windows of estimation ----------------------------------------------------------------------------------
 
-    def wants_estimate(self) -> bool:
-        """True when a window of estimation must come before the next one, see `estimating`."""
-        return not self._window_open and self.optimizer.wants_estimate()
+    def wants_estimate(self) -> Estimate | None:
+        """The window of estimation that must come before the next one, see `dsso.engines.estimates`."""
+        direct = self.optimizer.direct
+        return (
+            None
+            if self._window_open or direct is None
+            else direct.method.wants_estimate(self.optimizer.steps)
+        )
+
+    @property
+    def twice_differentiated(self) -> bool:
+        """Whether products with curvature come from double backward passes."""
+        method = self.optimizer.method
+        return isinstance(method, ElementwiseMethod) and method.products == "double_backward"
+
+    @contextmanager
+    def displaced(self, sign: float) -> Iterator[None]:
+        """Within it the model computes with weights displaced along the method's direction; collective.
+
+        Args:
+            sign: to which side.
+        """
+        assert self.optimizer.direct is not None
+        try:
+            with self.optimizer.direct.displaced(sign, self.optimizer.steps):
+                self._follow_weights()
+                yield
+        finally:
+            self._follow_weights()
+
+    @property
+    def displacement(self) -> Tensor:
+        """What the method's direction was multiplied by in the last `displaced`, a scalar."""
+        assert self.optimizer.direct is not None
+        return self.optimizer.direct.method.displacement
+
+    def whole_direction(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters that an elementwise method takes, and its direction in their shapes; collective.
+
+        Raises:
+            RunError: no rank has whole parameters.
+        """
+        if self.sharded:
+            raise RunError(
+                f"{self.name} has no whole weights to differentiate twice",
+                where="optimizer.params.products",
+                got="double_backward",
+                remedy="set it to 'difference'",
+            )
+        assert self.optimizer.direct is not None
+        whole = self.optimizer.direct.whole_direction(self.optimizer.steps)
+        parameters = {n: p for n, p in self.module.named_parameters() if n in whole}
+        return list(parameters.values()), [whole[n].view(p.shape) for n, p in parameters.items()]
+
+    def _follow_weights(self) -> None:
+        """Make the model compute with the weights that the optimizer's buffers hold now; collective."""
+        self.publish_weights()
 
     @contextmanager
     def estimating(self) -> Iterator[None]:
@@ -120,7 +175,8 @@ class EngineBase:
                     got=f"{self.pending} micro-batches",
                     allowed=str(self.gradient_accumulation_steps),
                 )
-            self.optimizer.had_estimate()
+            if self.optimizer.direct is not None:
+                self.optimizer.direct.method.had_estimate(self.optimizer.steps)
         finally:
             self.optimizer.estimating = self._estimating = False
 
@@ -228,6 +284,11 @@ class EngineBase:
     def stage(self) -> int | None:
         """ZeRO stage, where there are stages."""
         return None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks hold parts of the weights only."""
+        return self.stage == 3
 
     @property
     def name(self) -> str:

@@ -259,7 +259,11 @@ class DeepSpeedEngine(EngineBase):
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def publish_weights(self) -> None:
-        """Let DeepSpeed make the working weights from the master weights, as after a step."""
+        """Let DeepSpeed make the working weights from the master weights, as after a step, and compare them."""
+        self._follow_weights()
+        self._verify(*self._layout())
+
+    def _follow_weights(self) -> None:
         zero = self._ds.optimizer
         if self.stage == 3:
             zero.checkpoint_event_prologue()
@@ -272,7 +276,6 @@ class DeepSpeedEngine(EngineBase):
             for copies, models in zip(zero.fp32_groups, zero.fp16_groups, strict=True):
                 for copy, model in zip(copies, models, strict=True):
                     model.data.copy_(copy.data)
-        self._verify(*self._layout())
 
     def engine_state(self) -> dict[str, Any]:
         """Steps that DeepSpeed dropped, and its loss scale."""

@@ -249,9 +249,9 @@ class ForwardEngine(EngineBase):
         """What is needed to take the last step again, see `dsso.seedlog`."""
         return self._forward.record
 
-    def wants_estimate(self) -> bool:
+    def wants_estimate(self) -> None:
         """Never: methods from forward passes measure along their own directions."""
-        return False
+        return
 
     def digest(self) -> str:
         """A number that stands for all weights, see `dsso.engines.digest`; collective.

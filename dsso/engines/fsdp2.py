@@ -100,6 +100,11 @@ class FSDP2Engine(WindowEngine):
     # -- weights ------------------------------------------------------------------------------------------------
 
     @property
+    def sharded(self) -> bool:
+        """Ranks hold rows."""
+        return True
+
+    @property
     def dtype(self) -> str:
         """Number format of the gathered weights."""
         return str(self._dtype).removeprefix("torch.")

@@ -67,15 +67,15 @@ class Engine(Protocol):
                 sampled labels divided by `terms`, see `dsso.curvature.labels`.
         """
 
-    def wants_estimate(self) -> bool:
-        """True when a window of estimation must come before the next window (methods with estimates of their own)."""
+    def wants_estimate(self) -> Any:
+        """The window of estimation that must come first, None for none; `dsso.engines.estimates` runs them."""
 
     def estimating(self) -> AbstractContextManager[None]:
-        """Context of a window of estimation: its backward passes get losses at labels drawn from the model.
+        """Context of a window of estimation.
 
         Its micro-batches are passed through as in any window, `backward(loss, terms)` and `step()` each; at the end
-        the averaged gradient goes into the method's estimate of curvature. Weights and moments stay, and neither the
-        step nor the learning rate counts it.
+        the averaged gradient goes to the method. Weights and moments stay, and neither the step nor the learning rate
+        counts it.
         """
 
     def step(

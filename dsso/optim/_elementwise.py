@@ -2,24 +2,29 @@
 
 Nothing is sent to owners. What such a method keeps lies beside the weights in the optimizer's state, piece by piece,
 so that engines, plans and checkpoints treat it as they treat moments. Its curvature comes from windows of their own
-(`engine.estimating`), whose averaged gradient is handed to the method instead of being stepped along.
+(`dsso.engines.estimates`), whose averaged gradient is handed to the method instead of being stepped along.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dsso.errors import RunError
+from dsso.errors import RecipeError, RunError
 from dsso.optim._gradient_config import GradientConfig
+from dsso.optim._tensors import EXCLUDED, excluded
 from dsso.optim.base import GradientMethod
-from dsso.parallel import collectives
-from dsso.schedule import Interval
+from dsso.parallel import collectives, noise
+from dsso.parallel.fragments import FragmentExchange, SpanTable
+
+Products = Literal["difference", "double_backward"]
+"""How products with curvature are made, see `dsso.engines.estimates`."""
 
 
 class ElementwiseConfig(GradientConfig):
@@ -27,12 +32,66 @@ class ElementwiseConfig(GradientConfig):
 
     kept: ClassVar[tuple[str, ...]]
     """Names of what it keeps of every element."""
-    estimate_interval: Interval = Interval(((0, 10),))
-    """Steps between two estimates of curvature, each a window of its own; null in a segment: never again."""
+
+    @property
+    def working(self) -> int:
+        """Vectors in fp32 of the size of what it takes that live through windows of estimation, kept ones aside."""
+        return 0
+
+    @property
+    def products_of_curvature(self) -> Products | None:
+        """How products with curvature are made; None where there are none."""
+        return None
 
 
+Estimate = Literal["sampled", "gradient", "gradient_pair", "hessian", "ggn", "ggn_sampled"]
+"""What a window of estimation is to come to: the gradient at sampled labels; the gradient; gradients at the two weights
+that are displaced along the method's direction; the Hessian, or the Gauss-Newton matrix, times that direction."""
 State = Mapping[str, Tensor]
 """What a method keeps of a piece, by name."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which parameters an elementwise method takes.
+
+    Attributes:
+        taken: their names, in model order.
+        rest: the others that are trained, with the reason.
+        matrices: names of those, of either kind, with two or more dimensions.
+        size: elements of what is taken.
+    """
+
+    taken: list[str]
+    rest: dict[str, str]
+    matrices: set[str]
+    size: int
+
+
+def choose(model: nn.Module, exclude: Sequence[str], kind: str) -> Chosen:
+    """All that is trained but what the recipe excludes.
+
+    Args:
+        model: the unwrapped model.
+        exclude: patterns.
+        kind: type of the method, for the message.
+
+    Raises:
+        RecipeError: nothing is left, or a pattern is none.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rest = {name: EXCLUDED for name in trained if excluded(name, exclude)}
+    taken = [name for name in trained if name not in rest]
+    if not taken:
+        raise RecipeError(
+            f"{kind} has no parameter to work on",
+            where="optimizer.params.exclude",
+            got=list(exclude),
+            remedy="leave out the pattern that takes in the last of them, or use AdamW",
+        )
+    matrices = {name for name, p in trained.items() if len(getattr(p, "ds_shape", p.shape)) > 1}
+    size = sum(int(getattr(trained[name], "ds_numel", trained[name].numel())) for name in taken)
+    return Chosen(taken, rest, matrices, size)
 
 
 class ElementwiseMethod(GradientMethod):
@@ -40,23 +99,34 @@ class ElementwiseMethod(GradientMethod):
 
     Attributes:
         taken: names of the parameters that it updates; their rules name what is kept.
-        interval: of the estimates.
+        products: how products with curvature are made.
+        difference: length of the displacement that products are taken at, over 1 + the length of the weights.
+        displacement: what the direction was multiplied by when weights were displaced last, a scalar.
         device: where figures are made.
     """
 
     taken: frozenset[str]
-    interval: Interval
+    products: Products = "difference"
+    difference: float = 1e-3
+    displacement: Tensor
     device: torch.device
-    _had: int = -1
 
-    def wants_estimate(self, step: int) -> bool:
-        """Whether a window of estimation is due before the window that leads to that step; the same on all ranks."""
-        start, every = self.interval.segment(step)
-        return every is not None and (step - start) % every == 0 and self._had != step
+    @abstractmethod
+    def wants_estimate(self, step: int) -> Estimate | None:
+        """The window of estimation that is due before the window that leads to that step; the same on all ranks."""
 
+    @abstractmethod
     def had_estimate(self, step: int) -> None:
-        """The window of estimation before that step has been, whether its gradient was finite or not."""
-        self._had = step
+        """A window of estimation before that step has been, whether its gradient was finite or not."""
+
+    def direction(self, pieces: Pieces, step: int) -> Sequence[Tensor]:
+        """Pieces of the vector that products are wanted of.
+
+        Args:
+            pieces: those of this rank.
+            step: that the windows come before.
+        """
+        return ()
 
     def update(self, step: int, bad: Tensor | None) -> None:
         """Nothing is refreshed.
@@ -64,11 +134,11 @@ class ElementwiseMethod(GradientMethod):
         Raises:
             RunError: when the loop has left out a window of estimation.
         """
-        if self.wants_estimate(step):
+        if self.wants_estimate(step) is not None:
             raise RunError(
                 f"step {step} needs an estimate of curvature first",
                 where="engine.step",
-                remedy="where engine.wants_estimate(), run a window on sampled labels within engine.estimating()",
+                remedy="call dsso.engines.estimates.run before every window",
             )
 
     @abstractmethod
@@ -136,9 +206,11 @@ class Pieces:
         method: the method.
         view: of a flat tensor of a buffer, its part that is the n-th piece.
         places: buffer of every piece.
+        buffers: the weights.
         states: of the buffers.
         kept: names of what the method keeps.
         weight: of this rank in sums over all ranks.
+        table: the layout of all ranks.
     """
 
     def __init__(
@@ -146,21 +218,83 @@ class Pieces:
         method: ElementwiseMethod,
         view: Callable[[Tensor, int], Tensor],
         places: Sequence[int],
+        buffers: Sequence[Tensor],
         states: Sequence[Mapping[str, Any]],
         kept: Sequence[str],
         weight: float,
+        table: SpanTable,
     ) -> None:
         self.method = method
         self.weight = weight
+        self._table, self._buffers = table, [buffer.detach() for buffer in buffers]
         self._view = view
         self._places = list(places)
+        self._weights = self._of(self._buffers)
         self._states = [
             {name: view(states[place][name], index) for name in kept}
             for index, place in enumerate(self._places)
         ]
 
-    def _of(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        return [self._view(gradients[place], index) for index, place in enumerate(self._places)]
+    def _of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [self._view(tensors[place], index) for index, place in enumerate(self._places)]
+
+    def probe(self, seed: int, step: int) -> list[Tensor]:
+        """Signs at random, one an element: which one depends on seed, step, parameter and unsharded index alone.
+
+        Args:
+            seed: of the method.
+            step: of the run.
+        """
+        out = self._zeros()
+        for span in self._table.ranks[collectives.rank()]:
+            if span.name in self.method.taken and span.numel:
+                signs = out[span.buffer].narrow(0, span.offset, span.numel)
+                direction = noise.Direction(seed, span.name, step % noise.MAX_STREAM, "rademacher")
+                noise.add(signs, signs, direction, span.start, 1.0)
+        return self._of(out)
+
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros_like(flat, requires_grad=False).view(-1) for flat in self._buffers]
+
+    def whole_direction(self, step: int) -> dict[str, Tensor]:
+        """The method's direction, flat, by parameter, whole on every rank; collective.
+
+        Args:
+            step: that the windows come before.
+        """
+        out = self._zeros()
+        for view, piece in zip(self._of(out), self.method.direction(self, step), strict=True):
+            view.copy_(piece)
+        everyone = range(collectives.world_size())
+        workers = {name: everyone for name in self._table.sizes if name in self.method.taken}
+        return FragmentExchange(self._table, workers, collectives.rank()).gather(out)
+
+    @contextmanager
+    def displaced(self, sign: float, step: int) -> Iterator[None]:
+        """Within it the weights are `sign` times the displacement further along the method's direction; collective.
+
+        Afterwards they are bit by bit what they were.
+
+        Args:
+            sign: to which side.
+            step: that the windows come before.
+        """
+        direction = self.method.direction(self, step)
+        squares = self._buffers[0].new_zeros(2)
+        for w, v in zip(self._weights, direction, strict=True):
+            squares = squares + torch.stack([torch.dot(w, w), torch.dot(v, v)])
+        lengths = collectives.all_sum(squares * self.weight).sqrt()
+        tiny = torch.finfo(lengths.dtype).tiny
+        factor = self.method.difference * (1 + lengths[0]) / lengths[1].clamp_min(tiny)
+        self.method.displacement = factor
+        kept = [w.clone() for w in self._weights]
+        for w, v in zip(self._weights, direction, strict=True):
+            w.addcmul_(v, factor, value=sign)
+        try:
+            yield
+        finally:
+            for w, before in zip(self._weights, kept, strict=True):
+                w.copy_(before)
 
     def estimate(self, gradients: Sequence[Tensor]) -> None:
         """End a window of estimation; collective.

@@ -76,6 +76,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         table: the layout of all ranks, once attached.
         dry_run: set while an engine is being built, which may step once to have states allocated.
         estimating: the next step ends a window of estimation: nothing moves.
+        direct: the pieces of an elementwise method.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self.consecutive_skips = 0
         self.table = SpanTable({}, ())
         self.dry_run = self.estimating = False
-        self._direct: Pieces | None = None
+        self.direct: Pieces | None = None
         self._buffers: list[Tensor] = []
         self._pieces: list[_Piece] = []
         self._by_rule: dict[Rule, list[_Piece]] = {}
@@ -158,18 +159,20 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self._failures = self._without = torch.zeros((), device=device)
         self._allocate()
         if isinstance(self.method, ElementwiseMethod):
-            self._direct = self._pieces_of(self.method)
+            self.direct = self._pieces_of(self.method)
         return table
 
     def _pieces_of(self, method: ElementwiseMethod) -> Pieces:
         """The pieces that an elementwise method works on."""
         mine = [piece for piece in self._pieces if piece.rule.kept]
         states = [self.state[buffer] for buffer in self._buffers]
-        kept = next((piece.rule.kept for piece in mine), ())
         places = [piece.buffer for piece in mine]
-        return Pieces(
-            method, lambda flat, index: self._view(flat, mine[index]), places, states, kept, self._rest_weight
-        )
+        kept = next((piece.rule.kept for piece in mine), ())
+
+        def view(flat: Tensor, index: int) -> Tensor:
+            return self._view(flat, mine[index])
+
+        return Pieces(method, view, places, self._buffers, states, kept, self._rest_weight, self.table)
 
     def _merge(self, spans: Sequence[Span]) -> list[_Piece]:
         pieces: list[_Piece] = []
@@ -207,15 +210,6 @@ class PartitionOptimizer(torch.optim.Optimizer):
         if self.method is not None:
             self.method.begin_window(self.steps, self._retry)
 
-    def wants_estimate(self) -> bool:
-        """Whether a window of estimation is due before the next step."""
-        return isinstance(self.method, ElementwiseMethod) and self.method.wants_estimate(self.steps)
-
-    def had_estimate(self) -> None:
-        """The window of estimation before the next step has been."""
-        assert isinstance(self.method, ElementwiseMethod)
-        self.method.had_estimate(self.steps)
-
     def _flat(self, tensor: Tensor) -> Tensor:
         return tensor.view(-1)
 
@@ -248,8 +242,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
                 "the optimizer is not attached to an engine: call attach() or dsso.initialize()"
             )
         if self.estimating:
-            assert self._direct is not None
-            self._direct.estimate(self._gradients())
+            assert self.direct is not None
+            self.direct.estimate(self._gradients())
             return
         self._read_outcome()
         gradients = self._gradients()
@@ -266,9 +260,9 @@ class PartitionOptimizer(torch.optim.Optimizer):
             if self.steps < self.warmup.steps:
                 updates = {name: owned[name] * self.warmup.scale for name in updates}
         direct = None
-        if self._direct is not None:
+        if self.direct is not None:
             first = self.warmup.scale if self.steps < self.warmup.steps else None
-            direct = self._direct.act(gradients, ~lost, first)
+            direct = self.direct.act(gradients, ~lost, first)
         self._norms = self._reduce(gradients, owned, updates, direct, lost, figures)
         self._finish(gradients, updates, lr)
         self.steps += 1
@@ -308,16 +302,16 @@ class PartitionOptimizer(torch.optim.Optimizer):
             rest = torch.nn.utils.get_total_norm(views).square().to(zero.dtype) * self._rest_weight
             uu, ug, gg = uu + rest, ug + rest, gg + rest
         figures = figures.to(zero)
-        if direct is not None and self._direct is not None:
+        if direct is not None and self.direct is not None:
             uu, ug, gg = uu + direct[0], ug + direct[1], gg + direct[2]
-            figures = torch.cat([figures, self._direct.counts()])
+            figures = torch.cat([figures, self.direct.counts()])
         # Infinity minus infinity must not hide: the flag is summed as a number of its own.
         bad = (lost | ~torch.isfinite(uu + gg + ug)).to(zero.dtype)
         total = collectives.all_sum(torch.cat([torch.stack([uu, ug, gg, bad]), figures]))
         flag = (total[3] > 0) | ~torch.isfinite(total[0] + total[2])
         waiting, failed, self._without = total[4:7]
-        if self._direct is not None:
-            self._direct.method.note(total[7:])
+        if self.direct is not None:
+            self.direct.method.note(total[7:])
         self._failures = self._failures + failed
         self._outcome.push(torch.stack([flag.to(zero.dtype), waiting]))
         return StepNorms(total[0], total[1], total[2], flag)

@@ -1,33 +1,48 @@
-"""Sophia-G: clipped steps over a diagonal of the Gauss-Newton matrix, estimated now and then from sampled labels.
+"""Sophia: clipped steps over a diagonal of the curvature, estimated now and then.
 
+    Sophia-G, the Gauss-Newton matrix from sampled labels:
     q    = gradient of the mean loss at labels drawn from the model, averaged over all ranks, not clipped
     h    <- beta2 h + (1 - beta2) B q o q            every `estimate_interval` steps; B: loss terms of that window
+    Sophia-H, the Hessian from one probe z of random signs, the same on all ranks:
+    h    <- beta2 h + (1 - beta2) z o H z            every `estimate_interval` steps
+    both:
     m    <- beta1 m + (1 - beta1) g                  every step
-    u    = clip(m / max(gamma h, f gamma mean(h), eps), -1, 1)
+    u    = clip(m / max(gamma h, f gamma mean|h|, eps), -1, 1)
 
 E[B q o q] is the diagonal of the Gauss-Newton matrix of the mean loss: gradients at sampled labels have mean zero and
 are independent from term to term, so squares of their sum are the sum of their squares. B counts the terms that the
 mean is over, those of all ranks together and none that is masked out.
 
-Source: Liu, Li, Hall, Liang, Ma 2023, algorithms 2 (Gauss-Newton-Bartlett) and 3. Deviations: the floor f, without
-which an element that no estimate has reached takes a step of full size along the sign of its rounding errors (0: as
-published); clipping by `tau`, momentum and decay as for all methods here, after u.
+E[z o H z] is the diagonal of the Hessian; H z is linear in the loss, so its mean over micro-batches and ranks is that
+of the whole batch. Where the diagonal is negative the least divisor counts.
+
+Source: Liu, Li, Hall, Liang, Ma 2023, algorithms 1 (Hutchinson), 2 (Gauss-Newton-Bartlett) and 3. Deviations: the
+floor f, without which an element that no estimate has reached takes a step of full size along the sign of its rounding
+errors (0: as published); clipping by `tau`, momentum and decay as for all methods here, after u.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dsso.clip import ClipMode
-from dsso.optim._elementwise import ElementwiseConfig, ElementwiseMethod, State
+from dsso.optim._elementwise import (
+    ElementwiseConfig,
+    ElementwiseMethod,
+    Estimate,
+    Pieces,
+    Products,
+    State,
+    choose,
+)
 from dsso.optim._rules import Rule
-from dsso.optim._tensors import EXCLUDED, excluded
 from dsso.parallel import collectives
+from dsso.schedule import Interval
 
 __all__ = ["Config", "Method"]
 
@@ -47,6 +62,17 @@ class Config(ElementwiseConfig):
     clip: ClipMode = "none"
     """What `tau` bounds: nothing, the gradient norm (`pre`) or the norm of the update (`post`), at most the root of the
     number of elements."""
+    estimate_interval: Interval = Interval(((0, 10),))
+    """Steps between two estimates of curvature, each of windows of its own; null in a segment: never again."""
+    estimator: Literal["gnb", "hutchinson"] = "gnb"
+    """Diagonal of the Gauss-Newton matrix (`gnb`, Sophia-G) or of the Hessian (`hutchinson`, Sophia-H)."""
+    products: Products = "difference"
+    """Sophia-H: H z from gradients at two displaced weights (`difference`, two windows, any engine, fp32 only) or from
+    a double backward pass (`double_backward`, one window, not with weights that are sharded)."""
+    difference: float = Field(default=1e-3, gt=0, le=0.1)
+    """Sophia-H by differences: length of the displacement over 1 + the length of all weights that are taken."""
+    probe_seed: int = Field(default=0, ge=0)
+    """Sophia-H: seed of the probes."""
     beta1: float = Field(default=0.96, ge=0, lt=1)
     """Decay of the averaged gradient."""
     beta2: float = Field(default=0.99, ge=0, lt=1)
@@ -56,11 +82,30 @@ class Config(ElementwiseConfig):
     eps: float = Field(default=1e-12, gt=0)
     """Least divisor."""
     floor: float = Field(default=0.01, ge=0, lt=1)
-    """Elements of h below this share of the mean of all count as that; 0: as published."""
+    """Elements of h below this share of the mean size of all count as that; 0: as published."""
+
+    @property
+    def working(self) -> int:
+        """Of Sophia-H: the probe, and the first of two gradients."""
+        if self.estimator == "gnb":
+            return 0
+        return 2 if self.products == "difference" else 1
+
+    @property
+    def products_of_curvature(self) -> Products | None:
+        """As `products` says, for Sophia-H."""
+        return self.products if self.estimator == "hutchinson" else None
+
+    @model_validator(mode="after")
+    def _products_of_what(self) -> Self:
+        given = self.model_fields_set & {"products", "difference", "probe_seed"}
+        if self.estimator == "gnb" and given:
+            raise ValueError(f"{sorted(given)[0]} means nothing without estimator = hutchinson")
+        return self
 
 
 class Method(ElementwiseMethod):
-    """Sophia-G on all matrices and vectors that are trained.
+    """Sophia on all matrices and vectors that are trained.
 
     Args:
         config: its parameters.
@@ -69,7 +114,7 @@ class Method(ElementwiseMethod):
         rank, world_size, example: not used: nothing has an owner and nothing is measured in modules.
 
     Raises:
-        RecipeError: a pattern of `exclude` is none.
+        RecipeError: a pattern of `exclude` is none, or everything is excluded.
     """
 
     def __init__(
@@ -82,19 +127,17 @@ class Method(ElementwiseMethod):
         example: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
-        self.interval = config.estimate_interval
+        self.products, self.difference = config.products, config.difference
         self.device = device
         self.workers: dict[str, tuple[int, ...]] = {}
         self.owners: dict[str, int] = {}
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.rest = {name: EXCLUDED for name in trained if excluded(name, config.exclude)}
-        self.taken = frozenset(trained.keys() - self.rest.keys())
-        self._order = [name for name in trained if name in self.taken]
-        self._matrices = {name for name, p in trained.items() if len(getattr(p, "ds_shape", p.shape)) > 1}
-        self._size = sum(
-            int(getattr(trained[name], "ds_numel", trained[name].numel())) for name in self._order
-        )
+        self._chosen = choose(model, config.exclude, "Sophia")
+        self.rest, self.taken = self._chosen.rest, frozenset(self._chosen.taken)
         self._mean = torch.zeros((), device=device)
+        self.displacement = torch.zeros((), device=device)
+        self._probe: list[Tensor] | None = None
+        self._first: list[Tensor] | None = None
+        self._had = -1
         self._free = torch.zeros(1, device=device)
         self._share = torch.ones((), device=device)
         self._terms: float | Tensor = 0.0
@@ -102,7 +145,8 @@ class Method(ElementwiseMethod):
 
     def rules(self) -> dict[str, Rule]:
         """SGD for what is taken, with m and h beside; the base method for what is excluded."""
-        return self.config.rules(self._order, self.rest, self._matrices, self.config.kept)
+        chosen = self._chosen
+        return self.config.rules(chosen.taken, chosen.rest, chosen.matrices, self.config.kept)
 
     # -- a window -------------------------------------------------------------------------------------------------
 
@@ -114,19 +158,60 @@ class Method(ElementwiseMethod):
         """Count the loss terms."""
         self._terms = self._terms + terms
 
+    def wants_estimate(self, step: int) -> Estimate | None:
+        """Sampled labels, or the Hessian along a probe, where the interval says so."""
+        start, every = self.config.estimate_interval.segment(step)
+        if every is None or (step - start) % every or self._had == step:
+            return None
+        if self.config.estimator == "gnb":
+            return "sampled"
+        return "hessian" if self.products == "double_backward" else "gradient_pair"
+
+    def had_estimate(self, step: int) -> None:
+        """Two windows are one estimate where differences are taken."""
+        self._had = step
+
+    def direction(self, pieces: Pieces, step: int) -> Sequence[Tensor]:
+        """The probe of that step."""
+        if self._probe is None:
+            self._probe = pieces.probe(self.config.probe_seed, step)
+        return self._probe
+
     def estimate(
         self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor, weight: float
     ) -> None:
-        """H <- beta2 h + (1 - beta2) B q o q, and its mean over all elements."""
-        terms = self._mean.new_zeros(1) + self._terms
-        count = collectives.all_sum(terms)[0]
-        beta, total = self.config.beta2, self._mean.new_zeros(1)
-        for q, state in zip(gradients, states, strict=True):
+        """Take in one window: B q o q, or what the probe says of the Hessian."""
+        if self.config.estimator == "gnb":
+            terms = self._mean.new_zeros(1) + self._terms
+            count = collectives.all_sum(terms)[0]
+            self._average([q.square() * count for q in gradients], states, take, weight)
+            return
+        assert self._probe is not None
+        if self.products == "double_backward":
+            products = list(gradients)
+        elif self._first is None:
+            self._first = [g.clone() for g in gradients]
+            # A gradient that is not finite stays so in the difference.
+            return
+        else:
+            half = 0.5 / self.displacement
+            products = [(one - two) * half for one, two in zip(self._first, gradients, strict=True)]
+            finite = [torch.isfinite(p.square().sum()) for p in products]
+            bad = (~torch.stack(finite).all()) if finite else torch.zeros_like(take)
+            take = take & (collectives.all_sum(bad.to(torch.float32).reshape(1))[0] == 0)
+        diagonal = [z * hz for z, hz in zip(self._probe, products, strict=True)]
+        self._average(diagonal, states, take, weight)
+        self._probe = self._first = None
+
+    def _average(self, found: Sequence[Tensor], states: Sequence[State], take: Tensor, weight: float) -> None:
+        """H <- beta2 h + (1 - beta2) what was found, and its mean over all elements."""
+        total = self._mean.new_zeros(1)
+        for one, state in zip(found, states, strict=True):
             h = state[DIAGONAL]
-            new = torch.lerp(h, q.square() * count, 1 - beta)
+            new = torch.lerp(h, one, 1 - self.config.beta2)
             h.copy_(torch.where(take, new, h))
-            total = total + h.sum()
-        self._mean = collectives.all_sum(total * weight)[0] / self._size
+            total = total + h.abs().sum()
+        self._mean = collectives.all_sum(total * weight)[0] / self._chosen.size
         self._estimates += 1
 
     def measured_badly(self) -> Tensor:
@@ -136,7 +221,7 @@ class Method(ElementwiseMethod):
     # -- the update -----------------------------------------------------------------------------------------------
 
     def act(self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor) -> list[Tensor]:
-        """U = clip(m / max(gamma h, f gamma mean(h), eps), -1, 1)."""
+        """U = clip(m / max(gamma h, f gamma mean|h|, eps), -1, 1)."""
         config, updates = self.config, []
         least = (config.gamma * config.floor * self._mean).clamp_min(config.eps)
         self._free = self._free.new_zeros(1)
@@ -154,7 +239,7 @@ class Method(ElementwiseMethod):
 
     def note(self, counts: Tensor) -> None:
         """Learn how many elements were not clipped, over all ranks."""
-        self._share = counts[0] / self._size
+        self._share = counts[0] / self._chosen.size
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -163,7 +248,7 @@ class Method(ElementwiseMethod):
         return {"win_rate": float(self._share), "estimates": float(self._estimates)}
 
     def counters(self) -> dict[str, Any]:
-        """The mean of h and the number of estimates."""
+        """The mean size of h and the number of estimates."""
         return {"common": {"mean": float(self._mean), "estimates": self._estimates}, "owned": {}}
 
     def load_counters(self, counters: Mapping[str, Any]) -> None:

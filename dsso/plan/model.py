@@ -14,12 +14,11 @@ from torch.overrides import TorchFunctionMode
 from dsso.curvature.layers import Side, split_parameters
 from dsso.engines.units import blocks
 from dsso.errors import RecipeError
-from dsso.optim._elementwise import ElementwiseConfig
+from dsso.optim._elementwise import ElementwiseConfig, choose
 from dsso.optim._kronecker_config import KroneckerConfig
 from dsso.optim._kronecker_layout import layer_dims
 from dsso.optim._matrix import take
 from dsso.optim._matrix_config import MatrixConfig
-from dsso.optim._tensors import EXCLUDED, excluded
 
 
 @dataclass(frozen=True)
@@ -177,8 +176,7 @@ def survey(model: nn.Module, config: Any, example: Mapping[str, Any] | None = No
         chosen = take(model, config)
         matrices, rest = chosen.shapes, chosen.rest
     if isinstance(config, ElementwiseConfig):
-        names = [weight.name for weight in weights if weight.trained]
-        rest = {name: EXCLUDED for name in names if excluded(name, config.exclude)}
+        rest = choose(model, config.exclude, "the method").rest
         notes = ("windows of estimation, one more forward and backward pass each, are in no figure",)
     return Survey(
         weights,

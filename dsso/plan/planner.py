@@ -119,6 +119,7 @@ def _plan(
         exchange = exchanges[rank] if exchanges else None
         lasting = share.weights + share.masters + state + factors
         measured = first.sums + first.buffers
+        vectors = 4 * share.partition * (config.working if isinstance(config, ElementwiseConfig) else 0)
         in_step = share.averaging
         if exchange is not None:
             in_step = max(in_step, exchange.peak, exchange.owned + first.peak)
@@ -138,8 +139,9 @@ def _plan(
                 refresh=first.refresh,
                 refresh_later=later.refresh,
                 exchange=exchange.peak if exchange else 0,
-                in_pass=lasting + share.passes + share.buckets + measured,
-                in_step=lasting + share.gradients + share.lasting + in_step,
+                in_pass=lasting + share.passes + share.buckets + measured + vectors,
+                in_step=lasting + share.gradients + share.lasting + max(in_step, 3 * vectors // 2),
+                vectors=vectors,
             )
         )
     sent = traffic(seen, recipe, kind)

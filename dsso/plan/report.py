@@ -26,6 +26,7 @@ class RankBytes:
         refresh: factorizations being made or waiting to be taken over, when all are due in one step.
         refresh_later: once they are spread.
         exchange: buffers for whole gradients and updates, at most.
+        vectors: of a method that solves with products of curvature, while windows of estimation run.
         in_pass: everything at the end of the backward pass.
         in_step: everything in the optimizer's step.
         host: what lies in the host's memory instead of the device's, none of it counted above.
@@ -47,6 +48,7 @@ class RankBytes:
     exchange: int
     in_pass: int
     in_step: int
+    vectors: int = 0
     host: int = 0
 
     @property

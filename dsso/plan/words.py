@@ -64,6 +64,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         rows.append(
             ("exchange", worst.exchange, "at most, whole gradients and updates of what this rank owns")
         )
+    if worst.vectors:
+        rows.append(("vectors", worst.vectors, "of the method, while windows of estimation run"))
     rows += [
         (
             "buckets",

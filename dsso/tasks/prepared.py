@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsso.config import TaskConfig
 from dsso.curvature.labels import sample_labels
+from dsso.engines.estimates import MicroBatch
 from dsso.errors import RecipeError
 from dsso.tasks import evaluate as evaluation
 from dsso.tasks.base import Example, Task
@@ -130,6 +131,9 @@ class PreparedTask:
             step: of the run; with the examples' numbers and positions it decides the draw.
         """
         logits, _ = self.logits(outputs, batch)
+        return self._sampled(logits, batch, seed, step)
+
+    def _sampled(self, logits: Tensor, batch: Batch, seed: int, step: int) -> Tensor:
         if batch.positions is None:
             examples, places = batch.example_ids, torch.zeros_like(batch.example_ids)
         else:
@@ -138,6 +142,33 @@ class PreparedTask:
             places = batch.positions % width
         drawn = sample_labels(logits, self.loss_kind, seed, step, examples, places)
         return evaluation.per_term_losses(self.loss_kind, logits, drawn).sum()
+
+    def micro_batch(
+        self, engine: Callable[..., Any], batch: Batch, terms: float, seed: int, step: int
+    ) -> MicroBatch:
+        """A micro-batch for windows of estimation.
+
+        Args:
+            engine: runs the model.
+            batch: on its device.
+            terms: what sums of losses are divided by.
+            seed: of the run.
+            step: of the run; labels are drawn by both.
+        """
+        if batch.positions is None:
+            labels = batch.labels
+        else:
+            labels = batch.labels.flatten().index_select(0, batch.positions)
+
+        def loss(scores: Tensor) -> Tensor:
+            return evaluation.per_term_losses(self.loss_kind, scores, labels).sum() / terms
+
+        return MicroBatch(
+            terms,
+            lambda: self.logits(engine(**batch.inputs), batch)[0],
+            loss,
+            lambda scores: self._sampled(scores, batch, seed, step) / terms,
+        )
 
     def evaluate(
         self,

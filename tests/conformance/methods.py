@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsso.curvature.labels import sample_labels
-from dsso.engines import make_optimizer
+from dsso.engines import estimates, make_optimizer
 from dsso.engines.single import SingleEngine
 from dsso.optim import available, is_forward, resolve
 
@@ -75,18 +75,24 @@ def step(engine: SingleEngine, seed: int, scale: float = 1.0) -> None:
     count = engine.gradient_accumulation_steps
     parts = list(zip(x.chunk(count), y.chunk(count), range(0, BATCH, BATCH // count), strict=True))
 
-    def sampled(part_x: Tensor, first: int) -> Tensor:
+    def at_drawn(logits: Tensor, first: int) -> Tensor:
         """Loss at labels that depend on the seed and on the example's number alone."""
-        logits = engine(part_x)
-        examples = torch.arange(first, first + len(part_x))
+        examples = torch.arange(first, first + len(logits))
         drawn = sample_labels(logits, "cross_entropy", 0, seed, examples, torch.zeros_like(examples))
         return nn.functional.cross_entropy(logits, drawn) * scale
 
-    if engine.wants_estimate():
-        with engine.estimating():
-            for part_x, _, first in parts:
-                engine.backward(sampled(part_x, first), terms=len(part_x))
-                engine.step()
+    def sampled(part_x: Tensor, first: int) -> Tensor:
+        return at_drawn(engine(part_x), first)
+
+    def batch_of(part_x: Tensor, part_y: Tensor, first: int) -> estimates.MicroBatch:
+        return estimates.MicroBatch(
+            len(part_x),
+            lambda: engine(part_x),
+            lambda scores: nn.functional.cross_entropy(scores, part_y) * scale,
+            lambda scores: at_drawn(scores, first),
+        )
+
+    estimates.run(engine, lambda: [batch_of(*part) for part in parts])
     for part_x, part_y, first in parts:
         engine.backward(nn.functional.cross_entropy(engine(part_x), part_y) * scale, terms=len(part_x))
         if engine.wants_sampled_pass():

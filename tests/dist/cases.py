@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsso import tasks
 from dsso.config import ModelConfig, PeftConfig, TaskConfig
-from dsso.engines import make_optimizer
+from dsso.engines import estimates, make_optimizer
 from dsso.engines.ddp import DDPEngine
 from dsso.engines.deepspeed import DeepSpeedEngine
 from dsso.engines.fsdp2 import FSDP2Engine
@@ -254,11 +254,8 @@ def train(engine: Any, data: Any, case: Case, rank: int, world_size: int, gas: i
         def sampled(batch: Any, step: int = step, terms: float = terms) -> Tensor:
             return data.sampled_loss_sum(engine(**batch.inputs), batch, 0, step) / terms
 
-        if engine.wants_estimate():
-            with engine.estimating():
-                for batch in batches:
-                    engine.backward(sampled(batch), terms=terms)
-                    engine.step()
+        estimated = [data.micro_batch(engine, batch, terms, 0, step) for batch in batches]
+        estimates.run(engine, lambda estimated=estimated: estimated)
         for batch in batches:
             loss = data.loss_sum(engine(**batch.inputs), batch) / terms
             engine.backward(loss, terms=terms)

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from dsso import engines, tasks
 from dsso.curvature.sums import FactorSum
+from dsso.engines import estimates
 from dsso.engines.base import EngineBase
 from dsso.engines.forward import ForwardEngine
 from dsso.parallel import collectives
@@ -110,20 +111,27 @@ def window(engine: EngineBase, data: Any, step: int) -> dict[str, int]:
     terms = sum(data.terms(i) for i in indices) / (engine.world_size * gas)
     seen: dict[int, int] = {}
     parts = list(tasks.data.micro_batches(indices, engine.rank, engine.world_size, gas))
-    if engine.wants_estimate():
-        with engine.estimating():
-            for part in parts:
-                batch = data.collate([data.train[i] for i in part], part)
-                sampled = data.sampled_loss_sum(engine(**batch.inputs), batch, 0, step)
-                engine.backward(sampled / terms, terms=terms)
-                engine.step()
-    for part in parts:
-        batch = data.collate([data.train[i] for i in part], part)
-        loss = data.loss_sum(engine(**batch.inputs), batch) / terms
-        engine.backward(loss, terms=terms)
-        del loss
+    own = engine.backward
+
+    def backward(loss: Tensor, terms: float | Tensor | None = None) -> None:
+        nonlocal seen
+        own(loss, terms=terms)
         seen = max(seen, alive(), key=lambda found: sum(found.values()))
-        engine.step()
+
+    def batches() -> Iterator[estimates.MicroBatch]:
+        for part in parts:
+            batch = data.collate([data.train[i] for i in part], part)
+            yield data.micro_batch(engine, batch, terms, 0, step)
+
+    engine.backward = backward  # type: ignore[method-assign]
+    try:
+        estimates.run(engine, batches)
+        for part in parts:
+            batch = data.collate([data.train[i] for i in part], part)
+            engine.backward(data.loss_sum(engine(**batch.inputs), batch) / terms, terms=terms)
+            engine.step()
+    finally:
+        del engine.backward
     return seen
 
 

@@ -1,0 +1,219 @@
+"""Gauss-Newton steps without a matrix: (G + lambda I) u = g by conjugate gradients, on any engine.
+
+    g        gradient of the batch
+    G p      a window of the same batch for each product, see `dsso.engines.estimates`
+    lambda   `damping`, by default times g^T G g / g^T g, the curvature along the gradient
+    u        after `iterations` products, or when ||g - (G + lambda I) u|| <= `tolerance` ||g||
+
+Nothing of G is kept from one step to the next: the batch has to be large enough to be worth its own curvature. Vectors
+lie in pieces beside the weights, sharded as they are. With `curvature: sampled` G is that of one draw of labels from
+the model for each step, as cheap and less exact; where losses are cross entropies or squares its mean is the true
+Fisher matrix, and equals G.
+
+Sources: Schraudolph 2002; Martens 2010, *Deep learning via Hessian-free optimization*. Deviations: damping relative to
+the curvature along the gradient; no backtracking over iterates, no line search (`clip` and `tau` bound the step as for
+all methods); no preconditioner; no warm start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dsso.linalg.cg import ConjugateGradients
+from dsso.optim._elementwise import (
+    ElementwiseConfig,
+    ElementwiseMethod,
+    Estimate,
+    Pieces,
+    Products,
+    State,
+    choose,
+)
+from dsso.optim._rules import Rule
+from dsso.parallel import collectives
+from dsso.parallel.deferred import Deferred
+
+__all__ = ["Config", "Method"]
+
+STEP = "gauss_newton_u"
+"""Name under which u lies in the optimizer's state."""
+
+
+class Config(ElementwiseConfig):
+    """Parameters of Gauss-Newton (`optimizer.params`)."""
+
+    kept: ClassVar[tuple[str, ...]] = (STEP,)
+
+    lr: float = Field(default=0.5, gt=0)
+    """Learning rate; 1 is the full step of the quadratic model."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """m <- momentum m + u on clipped steps."""
+    damping: float = Field(default=0.1, gt=0)
+    """lambda, added to the diagonal of G; relative or absolute, see `damping_kind`."""
+    damping_kind: Literal["relative", "absolute"] = "relative"
+    """`relative`: times g^T G g / g^T g of the batch."""
+    iterations: int = Field(default=8, ge=1, le=1000)
+    """Most products with G a step, each a window of the same batch."""
+    tolerance: float = Field(default=0.01, ge=0, lt=1)
+    """Residual over gradient at which the solve ends; known one product late. 0: always `iterations` products."""
+    curvature: Literal["exact", "sampled"] = "exact"
+    """Curvature of the losses at the scores: exact, or one draw of labels from the model."""
+    products: Products = "difference"
+    """J p from scores at two displaced weights (`difference`, two forward passes, any engine, fp32 only) or from two
+    reverse passes (`double_backward`, exact, not with weights that are sharded)."""
+    difference: float = Field(default=1e-3, gt=0, le=0.1)
+    """Length of the displacement over 1 + the length of all weights that are taken."""
+
+    @property
+    def working(self) -> int:
+        """Residual and direction."""
+        return 2
+
+    @property
+    def products_of_curvature(self) -> Products:
+        """As `products` says."""
+        return self.products
+
+
+class Method(ElementwiseMethod):
+    """Gauss-Newton on all matrices and vectors that are trained.
+
+    Args:
+        config: its parameters.
+        model: the unwrapped model.
+        device: where state lives.
+        rank, world_size, example: not used: nothing has an owner and nothing is measured in modules.
+
+    Raises:
+        RecipeError: a pattern of `exclude` is none, or everything is excluded.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        example: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.products, self.difference = config.products, config.difference
+        self.device = device
+        self.workers: dict[str, tuple[int, ...]] = {}
+        self.owners: dict[str, int] = {}
+        self._chosen = choose(model, config.exclude, "Gauss-Newton")
+        self.rest, self.taken = self._chosen.rest, frozenset(self._chosen.taken)
+        self.displacement = torch.zeros((), device=device)
+        self._solve: ConjugateGradients | None = None
+        self._reached = Deferred()
+        self._windows, self._of_step, self._ended = 0, -1, False
+        self._last = torch.zeros(3, device=device)
+
+    def rules(self) -> dict[str, Rule]:
+        """SGD for what is taken, with u beside; the base method for what is excluded."""
+        chosen = self._chosen
+        return self.config.rules(chosen.taken, chosen.rest, chosen.matrices, self.config.kept)
+
+    # -- windows --------------------------------------------------------------------------------------------------
+
+    def wants_estimate(self, step: int) -> Estimate | None:
+        """The gradient, then products with it and with what conjugate gradients make of them."""
+        if step < self.config.warmup_steps or (step == self._of_step and self._ended):
+            return None
+        if step != self._of_step or self._windows == 0:
+            return "gradient"
+        return "ggn" if self.config.curvature == "exact" else "ggn_sampled"
+
+    def had_estimate(self, step: int) -> None:
+        """Count it; the residual of the product before it decides whether it was the last."""
+        if step != self._of_step:
+            self._of_step, self._windows, self._ended = step, 0, False
+        self._windows += 1
+        before = self._reached.pop()
+        if self._solve is not None:
+            self._reached.push(self._solve.reached.reshape(1))
+        small = before is not None and before[0] <= self.config.tolerance
+        if self._windows > self.config.iterations or (small and self._windows > 1):
+            self._end()
+
+    def _end(self) -> None:
+        solve = self._solve
+        if solve is not None:
+            self._last = torch.stack([solve.taken, solve.reached, solve.shift])
+        self._solve, self._ended = None, True
+        self._reached.pop()
+
+    def direction(self, pieces: Pieces, step: int) -> Sequence[Tensor]:
+        """Of the conjugate gradients."""
+        assert self._solve is not None
+        return self._solve.direction
+
+    def estimate(
+        self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor, weight: float
+    ) -> None:
+        """Begin a solve with a gradient, or go on with a product."""
+
+        def dot(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> Tensor:
+            sums = [
+                sum((torch.dot(a, b) for a, b in zip(one, two, strict=True)), take.new_zeros((), dtype=kind))
+                for one, two in pairs
+            ]
+            return collectives.all_sum(torch.stack(sums) * weight)
+
+        kind = gradients[0].dtype if gradients else torch.float32
+        clean = [torch.where(take, g, torch.zeros_like(g)) for g in gradients]
+        if self._solve is None:
+            relative = self.config.damping_kind == "relative"
+            solution = [state[STEP] for state in states]
+            self._solve = ConjugateGradients(
+                solution, clean, dot, self.config.damping, relative, self.config.tolerance
+            )
+            return
+        self._solve.feed(clean, take)
+
+    # -- a window -------------------------------------------------------------------------------------------------
+
+    def begin_window(self, step: int, retry: bool) -> None:
+        """Nothing is measured in modules."""
+
+    def before_backward(self, scale: float | Tensor, terms: float | Tensor, last: bool = False) -> None:
+        """Nothing is measured in modules."""
+
+    def measured_badly(self) -> Tensor:
+        """Nothing of its own: all ranks have to agree that the gradient is finite."""
+        return torch.zeros((), dtype=torch.bool, device=self.device)
+
+    def act(self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor) -> list[Tensor]:
+        """The solution; along the gradient in steps of first order, which have none."""
+        return [torch.where(take, state[STEP], torch.zeros_like(state[STEP])) for state in states]
+
+    def counts(self) -> Tensor:
+        """None."""
+        return torch.zeros(1, device=self.device)
+
+    def note(self, counts: Tensor) -> None:
+        """Nothing to learn."""
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def health(self) -> dict[str, float]:
+        """Figures of the last solve.
+
+        Keys: `cg_iterations` that changed something, `cg_residual` over the gradient, `damping` as added to G.
+        """
+        taken, reached, shift = self._last.tolist()
+        return {"cg_iterations": taken, "cg_residual": reached, "damping": shift}
+
+    def counters(self) -> dict[str, Any]:
+        """Figures of the last solve."""
+        return {"common": {"last": self._last.tolist()}, "owned": {}}
+
+    def load_counters(self, counters: Mapping[str, Any]) -> None:
+        """Take over what `counters` returned."""
+        self._last = torch.tensor(counters["common"]["last"], device=self.device)
