@@ -5,10 +5,9 @@ With scores f(w), [N, C], and a loss L(f),
     G v = J^T (d2L/df2) J v        Gauss-Newton, also called the generalized Gauss-Newton matrix
     H v = d/dw <dL/dw, v>          Hessian
 
-Nothing here reduces over ranks. What is returned is a number whose gradient is the product, so that any engine makes
-the product by its own backward pass, reduction and sharding included. J v comes from two reverse passes (exact; needs
-whole weights and operations that can be differentiated twice) or from scores at two displaced weights, which is the
-business of the engine.
+Nothing here reduces over ranks: an engine's own backward pass does, given a number whose gradient is the product. J v
+comes from two reverse passes (exact; needs whole weights and operations that can be differentiated twice) or from
+scores at two displaced weights, which is the business of the engine.
 
 Sources: Schraudolph 2002, *Fast curvature matrix-vector products*, for the product through scores; Pearlmutter 1994
 for H v; Martens 2020, section 8, for the matrix at sampled labels.
@@ -19,6 +18,7 @@ Legend of shape suffixes: `N` loss terms, `C` classes or values.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,8 +85,10 @@ def pushforward(f_NC: Tensor, parameters: Sequence[Tensor], vector: Sequence[Ten
     return torch.zeros_like(f_NC) if out_NC is None else out_NC.detach()
 
 
-def hessian_product(loss: Tensor, parameters: Sequence[Tensor], vector: Sequence[Tensor]) -> Tensor:
-    """A scalar whose gradient is H v: <w, H v> with H v taken as a constant.
+def hessian_product(
+    loss: Tensor, parameters: Sequence[Tensor], vector: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """H v; None for a parameter that it is zero of.
 
     Args:
         loss: scalar with its graph.
@@ -99,21 +101,29 @@ def hessian_product(loss: Tensor, parameters: Sequence[Tensor], vector: Sequence
     slopes = _twice(lambda: torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))
     pairs = [(g, v.to(g.dtype)) for g, v in zip(slopes, vector, strict=True) if g is not None]
     used = [(g, v) for g, v in pairs if g.requires_grad]
-    found: tuple[Tensor | None, ...] = (None,) * len(parameters)
-    if used:
-        outputs, directions = zip(*used, strict=True)
-        found = _twice(lambda: torch.autograd.grad(outputs, parameters, directions, allow_unused=True))
-    # Every parameter takes part, so that an engine that counts gradients finds them all.
+    if not used:
+        return (None,) * len(parameters)
+    outputs, directions = zip(*used, strict=True)
+    return _twice(lambda: torch.autograd.grad(outputs, parameters, directions, allow_unused=True))
+
+
+def with_gradient(parameters: Sequence[Tensor], wanted: Sequence[Tensor | None]) -> Tensor:
+    """A scalar whose gradient is what is wanted: <w, wanted>, so that an engine's backward pass reduces it.
+
+    Args:
+        parameters: w. Every one takes part, so that an engine that counts gradients finds them all.
+        wanted: of their shapes; None: zero.
+    """
     parts = [
-        (w * (torch.zeros_like(w) if hv is None else hv).to(w.dtype)).sum(
+        (w * (torch.zeros_like(w) if g is None else g.detach())).sum(
             dtype=torch.promote_types(w.dtype, torch.float32)
         )
-        for w, hv in zip(parameters, found, strict=True)
+        for w, g in zip(parameters, wanted, strict=True)
     ]
     return torch.stack(parts).sum()
 
 
-def _twice(action: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def _twice(action: Callable[[], Any]) -> Any:
     """Name the way out where autograd has none."""
     try:
         return action()

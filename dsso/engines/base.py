@@ -50,7 +50,7 @@ class EngineBase:
         self.micro_batch_size = micro_batch_size
         self.global_steps = 0
         self._window_open = False
-        self._sampling = self._estimating = False
+        self._sampling = self._estimating = self._unwrapped = False
         self._terms: float | Tensor = 1.0
         self._labels = TokenMasks(module) if optimizer.method is not None else None
         trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -149,6 +149,15 @@ class EngineBase:
         whole = self.optimizer.direct.whole_direction(self.optimizer.steps)
         parameters = {n: p for n, p in self.module.named_parameters() if n in whole}
         return list(parameters.values()), [whole[n].view(p.shape) for n, p in parameters.items()]
+
+    @contextmanager
+    def unwrapped(self) -> Iterator[None]:
+        """Within it a forward pass is the model's own: gradients of it may be taken again, and no hook counts them."""
+        self._unwrapped = True
+        try:
+            yield
+        finally:
+            self._unwrapped = False
 
     def _follow_weights(self) -> None:
         """Make the model compute with the weights that the optimizer's buffers hold now; collective."""

@@ -196,7 +196,7 @@ class DeepSpeedEngine(EngineBase):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward pass through DeepSpeed."""
         self._before_forward()
-        if self._sampling:
+        if self._sampling or self._unwrapped:
             # DeepSpeed's own forward prepares a backward pass that ends in a reduction of gradients.
             return self.module(*args, **kwargs)
         return self._ds(*args, **kwargs)

@@ -21,7 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsso.curvature.products import hessian_product, loss_curvature, pushforward, sampled_curvature
+from dsso.curvature.products import (
+    hessian_product,
+    loss_curvature,
+    pushforward,
+    sampled_curvature,
+    with_gradient,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class MicroBatch:
     sampled: Callable[[Tensor], Tensor]
 
 
+Bend = Callable[[MicroBatch, Tensor, Tensor], Tensor]
+"""(d2L/df2) t of a micro-batch, scores and t."""
 MicroBatches = Callable[[], Iterable[MicroBatch]]
 """This rank's micro-batches of a window, the same ones at every call."""
 
@@ -64,12 +72,24 @@ def run(engine: Any, batches: MicroBatches) -> None:
         make: Callable[[MicroBatch, int], Tensor] = _slope
         if kind == "sampled":
             make = _sampled
-        elif kind in ("ggn", "ggn_sampled"):
-            make = _Product(engine, batches, kind == "ggn_sampled")
-        elif kind == "hessian":
-            make = _HessianProduct(engine)
+        elif kind != "gradient":
+            bend = _BENDS[kind]
+            twice = bend is None or engine.twice_differentiated
+            make = _Twice(engine, bend) if twice else _Differences(engine, batches, bend)
         with _same_randomness(engine), _math_attention(engine.twice_differentiated):
             _window(engine, batches, make)
+
+
+def _exactly(batch: MicroBatch, f_NC: Tensor, t_NC: Tensor) -> Tensor:
+    return loss_curvature(batch.loss, f_NC, t_NC)
+
+
+def _in_one_draw(batch: MicroBatch, f_NC: Tensor, t_NC: Tensor) -> Tensor:
+    return sampled_curvature(batch.sampled, batch.terms, f_NC, t_NC)
+
+
+_BENDS: dict[str, Any] = {"ggn": _exactly, "ggn_sampled": _in_one_draw, "hessian": None}
+"""What multiplies J v, by what is wanted."""
 
 
 def _window(engine: Any, batches: MicroBatches, make: Callable[[MicroBatch, int], Tensor]) -> None:
@@ -87,39 +107,35 @@ def _sampled(batch: MicroBatch, _index: int) -> Tensor:
     return batch.sampled(batch.scores())
 
 
-class _HessianProduct:
-    """What has H v of a micro-batch as its gradient, by double backward."""
+class _Twice:
+    """What has H v or G v of a micro-batch as its gradient, by double backward on the model itself."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, bend: Bend | None) -> None:
+        self._engine, self._bend = engine, bend
         self._parameters, self._vector = engine.whole_direction()
 
     def __call__(self, batch: MicroBatch, _index: int) -> Tensor:
-        return hessian_product(batch.loss(batch.scores()), self._parameters, self._vector)
-
-
-class _Product:
-    """<f(w), (d2L/df2) J v> of a micro-batch."""
-
-    def __init__(self, engine: Any, batches: MicroBatches, sampled: bool) -> None:
-        self._sampled = sampled
-        self._tangents: list[Tensor] | None = None
-        if engine.twice_differentiated:
-            self._parameters, self._vector = engine.whole_direction()
+        with self._engine.unwrapped():
+            f_NC = batch.scores()
+        if self._bend is None:
+            found = hessian_product(batch.loss(f_NC), self._parameters, self._vector)
         else:
-            self._tangents = _tangents(engine, batches)
+            t_NC = pushforward(f_NC, self._parameters, self._vector)
+            bent_NC = self._bend(batch, f_NC, t_NC).to(f_NC.dtype)
+            found = torch.autograd.grad(f_NC, self._parameters, bent_NC, allow_unused=True)
+        return with_gradient(self._parameters, found)
+
+
+class _Differences:
+    """<f(w), (d2L/df2) J v> of a micro-batch, J v by central differences."""
+
+    def __init__(self, engine: Any, batches: MicroBatches, bend: Bend) -> None:
+        self._bend, self._tangents = bend, _tangents(engine, batches)
 
     def __call__(self, batch: MicroBatch, index: int) -> Tensor:
         f_NC = batch.scores()
-        if self._tangents is None:
-            t_NC = pushforward(f_NC, self._parameters, self._vector)
-        else:
-            t_NC = self._tangents[index]
-        if self._sampled:
-            bent_NC = sampled_curvature(batch.sampled, batch.terms, f_NC, t_NC)
-        else:
-            bent_NC = loss_curvature(batch.loss, f_NC, t_NC)
-        kind = torch.promote_types(f_NC.dtype, torch.float32)
-        return (f_NC * bent_NC.to(f_NC.dtype)).sum(dtype=kind)
+        bent_NC = self._bend(batch, f_NC, self._tangents[index])
+        return (f_NC * bent_NC.detach().to(f_NC.dtype)).sum()
 
 
 @torch.no_grad()

@@ -72,8 +72,9 @@ def test_exact_products(kind: str) -> None:
         # The graph of the scores is still there.
         gv = flat(list(torch.autograd.grad((f * ht).sum(), parameters)))
         torch.testing.assert_close(gv, j.mT @ bent @ j @ v, rtol=1e-10, atol=1e-12)
-        along = products.hessian_product(loss(model(x)), parameters, like(v, parameters))
-        hv = flat(list(torch.autograd.grad(along, parameters)))
+        found = products.hessian_product(loss(model(x)), parameters, like(v, parameters))
+        carried = products.with_gradient(parameters, found)
+        hv = flat(list(torch.autograd.grad(carried, parameters)))
         torch.testing.assert_close(hv, hessian @ v, rtol=1e-10, atol=1e-12)
 
 

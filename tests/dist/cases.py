@@ -72,6 +72,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Settings of K-FAC: some change the step, but none may depend on how it is computed. Statistics on the wire in bf16
 are not among them: their sums are rounded rank by rank."""
 
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "GAUSS_NEWTON": {
+        "double": {"products": "double_backward"},
+        "sampled": {"curvature": "sampled"},
+        "sampled-double": {"curvature": "sampled", "products": "double_backward"},
+    },
+    "SOPHIA": {
+        "hutchinson": {"estimator": "hutchinson"},
+        "hutchinson-double": {"estimator": "hutchinson", "products": "double_backward"},
+    },
+}
+"""Settings of other methods that change the step."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -97,8 +110,16 @@ class Case:
     def reference(self) -> tuple[str, bool, str, str, int, str]:
         """What the single-process reference depends on."""
         # How statistics travel and who applies them is no setting of a single process.
-        shape = {key: VARIANTS[self.variant][key] for key in SHAPING if key in VARIANTS[self.variant]}
+        given = self.settings
+        shape = {key: given[key] for key in given if key in SHAPING or self.method != "KFAC"}
         return (self.model, self.padded, self.fisher, self.dtype, self.batch, f"{self.method} {shape!r}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the variant."""
+        if self.method == "KFAC":
+            return VARIANTS[self.variant]
+        return OPTIONS[self.method][self.variant] if self.variant else {}
 
     def __str__(self) -> str:
         fill = "padded" if self.padded else "full"
@@ -151,6 +172,20 @@ def method_cases(method: str, world_size: int, engines: Sequence[str] = ENGINES)
         turn = index + index // len(engines)
         gas, checkpointing = ((1, 4)[turn % 2], CHECKPOINTING[turn % 3]) if world_size <= 2 else (1, "none")
         yield Case(model, engine, world_size, gas, checkpointing, True, method=method)
+
+
+def option_cases(world_size: int, engines: Sequence[str] = ENGINES) -> Iterator[Case]:
+    """Every option of other methods on every engine that has it, the models in turn."""
+    options = [(method, name) for method, names in OPTIONS.items() for name in names]
+    for index, ((method, name), engine) in enumerate(itertools.product(options, engines)):
+        twice = OPTIONS[method][name].get("products") == "double_backward"
+        if twice and engine in ("zero-3", "fsdp2"):
+            continue
+        turn = index + index // len(engines)
+        # Reentrant checkpointing cannot be differentiated twice.
+        checkpointing = "none" if twice or world_size > 2 else CHECKPOINTING[turn % 3]
+        model = list(MODELS)[turn % len(MODELS)]
+        yield Case(model, engine, world_size, 1 + turn % 2, checkpointing, True, variant=name, method=method)
 
 
 def bf16_cases(world_size: int) -> Iterator[Case]:
@@ -239,7 +274,7 @@ def method_config(case: Case, alone: bool = False) -> Any:
     config = resolve(case.method).Config
     intervals = {name: [[0, 1], [3, 2]] for name in config.model_fields if name.endswith("_interval")}
     blocks = {"block_side": 24} if "block_side" in config.model_fields else {}
-    return config(**given, **intervals, **blocks, base={"type": "SGD", "lr": 0.01})
+    return config(**given, **intervals, **blocks, **case.settings, base={"type": "SGD", "lr": 0.01})
 
 
 def train(engine: Any, data: Any, case: Case, rank: int, world_size: int, gas: int) -> dict[str, Tensor]:

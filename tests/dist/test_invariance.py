@@ -72,13 +72,24 @@ def test_other_methods_take_the_step_of_one(tmp_path: Path) -> None:
     _check(chosen, 2, tmp_path)
 
 
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+def test_products_of_curvature_are_those_of_one_process(tmp_path: Path) -> None:
+    """Double backward passes, differences, drawn labels, on every engine that has them."""
+    cases = _table().cases
+    chosen = list(cases.option_cases(2))
+    assert {case.engine for case in chosen} == set(cases.ENGINES)
+    _check(chosen, 2, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_whole_table_of_other_methods(world_size: int, tmp_path: Path) -> None:
     cases = _table().cases
-    _check([case for name in cases.OTHERS for case in cases.method_cases(name, world_size)], world_size, tmp_path)
+    chosen = [case for name in cases.OTHERS for case in cases.method_cases(name, world_size)]
+    _check([*chosen, *cases.option_cases(world_size)], world_size, tmp_path)
 
 
 @pytest.mark.slow

@@ -1,0 +1,238 @@
+"""Gauss-Newton steps against dense solves in float64, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsso.engines import estimates, make_optimizer
+from dsso.engines.single import SingleEngine
+from dsso.errors import RecipeError, RunError
+from dsso.optim.gauss_newton import Config
+from dsso.recipe import load_recipe
+from tests.plan.cases import other, recipe
+
+CPU = torch.device("cpu")
+WIDE, CLASSES, COUNT = 4, 3, 12
+
+
+def model(dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(WIDE, 5), nn.Tanh(), nn.Dropout(dropout), nn.Linear(5, CLASSES)]
+    return nn.Sequential(*layers).double()
+
+
+def data(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(COUNT, WIDE, generator=generator).double(), torch.randint(
+        CLASSES, (COUNT,), generator=generator
+    )
+
+
+def made(net: nn.Module, gas: int = 1, **given: Any) -> SingleEngine:
+    config = Config(**{"lr": 1.0, "clip": "none", "tolerance": 0.0, "iterations": 60, **given})
+    engine = SingleEngine(net, make_optimizer(net, "GAUSS_NEWTON", config, CPU), CPU, gas, COUNT // gas)
+    engine.train()
+    return engine
+
+
+def labels(x: Tensor, scores: Tensor) -> Tensor:
+    """Drawn, for the test: always the second best."""
+    return scores.topk(2).indices[:, 1]
+
+
+def step(engine: SingleEngine, seed: int, scale: float = 1.0) -> None:
+    gas = engine.gradient_accumulation_steps
+    parts = list(zip(*(one.chunk(gas) for one in data(seed)), strict=True))
+    terms = COUNT / gas
+
+    def batch(x: Tensor, y: Tensor) -> estimates.MicroBatch:
+        def loss(scores: Tensor, wanted: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(scores, wanted, reduction="sum") * scale / terms
+
+        return estimates.MicroBatch(
+            terms, lambda: engine(x), lambda s: loss(s, y), lambda s: loss(s, labels(x, s.detach()))
+        )
+
+    estimates.run(engine, lambda: [batch(*part) for part in parts])
+    for part in parts:
+        one = batch(*part)
+        engine.backward(one.loss(one.scores()), terms=terms)
+        engine.step()
+
+
+def dense(net: nn.Module, seed: int, sampled: bool = False) -> tuple[Tensor, Tensor]:
+    """Gradient [P] and Gauss-Newton matrix [P, P] of the mean loss."""
+    x, y = data(seed)
+    parameters = list(net.parameters())
+    total = torch.zeros(sum(p.numel() for p in parameters)).double()
+    matrix = torch.zeros(len(total), len(total)).double()
+
+    def flat(grads: Any) -> Tensor:
+        return torch.cat([g.flatten() for g in grads])
+
+    for row, label in zip(x, y, strict=True):
+        f = net(row)
+        j = torch.stack([flat(torch.autograd.grad(z, parameters, retain_graph=True)) for z in f])
+        p = f.detach().softmax(-1)
+        bent = torch.diag(p) - torch.outer(p, p)
+        if sampled:
+            s = p - nn.functional.one_hot(labels(row[None], f.detach()[None])[0], CLASSES)
+            bent = torch.outer(s, s)
+        matrix += j.mT @ bent @ j / COUNT
+        total += flat(torch.autograd.grad(nn.functional.cross_entropy(f, label), parameters)) / COUNT
+    return total, matrix
+
+
+def moved(engine: SingleEngine, act: Callable[[], None]) -> Tensor:
+    before = [p.detach().clone() for p in engine.module.parameters()]
+    act()
+    pairs = zip(before, engine.module.parameters(), strict=True)
+    return torch.cat([(old - new.detach()).flatten() for old, new in pairs])
+
+
+@pytest.mark.parametrize("gas", [1, 3])
+@pytest.mark.parametrize("curvature", ["exact", "sampled"])
+@pytest.mark.parametrize(("products", "close"), [("double_backward", 1e-8), ("difference", 1e-5)])
+def test_steps_are_those_of_dense_solves(products: str, close: float, curvature: str, gas: int) -> None:
+    net = model()
+    engine = made(net, gas, products=products, curvature=curvature, damping=0.3)
+    for seed in range(3):
+        g, matrix = dense(net, seed, curvature == "sampled")
+        shift = 0.3 * (g @ matrix @ g) / (g @ g)
+        wanted = torch.linalg.solve(matrix + shift * torch.eye(len(g)).double(), g)
+        u = moved(engine, lambda seed=seed: step(engine, seed))
+        assert (u - wanted).norm() <= close * wanted.norm()
+        health = engine.health()
+        assert health["damping"] == pytest.approx(float(shift), rel=1e-4)
+        assert health["cg_residual"] < 1e-6
+        assert 0 < health["cos_update_grad"] < 0.99
+    assert engine.global_steps == 3
+
+
+def test_the_solve_ends_at_the_tolerance() -> None:
+    short, long = made(model(), tolerance=0.3), made(model(), tolerance=0.0)
+    windows = [0, 0]
+    for index, engine in enumerate((short, long)):
+        own = engine.estimating
+
+        def counted(index: int = index, own: Any = own) -> Any:
+            windows[index] += 1
+            return own()
+
+        engine.estimating = counted  # type: ignore[method-assign]
+        step(engine, 0)
+    # The gradient, the products, and one more because a residual is known one product late.
+    assert windows[1] == 61
+    assert windows[0] == short.health()["cg_iterations"] + 2
+    assert short.health()["cg_residual"] <= 0.3 < 1
+
+
+def test_few_iterations_go_further_along_the_gradient_than_none() -> None:
+    net = model()
+    g, matrix = dense(net, 0)
+    engine = made(net, iterations=1, damping=0.1)
+    u = moved(engine, lambda: step(engine, 0))
+    curvature = (g @ matrix @ g) / (g @ g)
+    torch.testing.assert_close(u, g / (1.1 * curvature), rtol=1e-5, atol=1e-10)
+
+
+def test_absolute_damping() -> None:
+    net = model()
+    g, matrix = dense(net, 0)
+    engine = made(net, damping=0.02, damping_kind="absolute", products="double_backward")
+    u = moved(engine, lambda: step(engine, 0))
+    wanted = torch.linalg.solve(matrix + 0.02 * torch.eye(len(g)).double(), g)
+    torch.testing.assert_close(u, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_all_windows_leave_out_the_same() -> None:
+    """With dropout the solve is one of the network that the gradient is of."""
+    net, twin = model(0.5), model(0.5)
+    engine = made(net, damping=0.3, products="double_backward")
+    torch.manual_seed(5)
+    u = moved(engine, lambda: step(engine, 0))
+    x, _ = data(0)
+    torch.manual_seed(5)
+    kept = nn.functional.dropout(torch.ones(COUNT, 5).double(), 0.5)
+    parameters = list(twin.parameters())
+    total, matrix = torch.zeros(len(u)).double(), torch.zeros(len(u), len(u)).double()
+    for row, label, mask in zip(x, data(0)[1], kept, strict=True):
+        f = twin[3](torch.tanh(twin[0](row)) * mask)
+        js = [torch.autograd.grad(z, parameters, retain_graph=True) for z in f]
+        j = torch.stack([torch.cat([g.flatten() for g in one]) for one in js])
+        p = f.detach().softmax(-1)
+        matrix += j.mT @ (torch.diag(p) - torch.outer(p, p)) @ j / COUNT
+        grads = torch.autograd.grad(nn.functional.cross_entropy(f, label), parameters)
+        total += torch.cat([g.flatten() for g in grads]) / COUNT
+    shift = 0.3 * (total @ matrix @ total) / (total @ total)
+    wanted = torch.linalg.solve(matrix + shift * torch.eye(len(u)).double(), total)
+    torch.testing.assert_close(u, wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_first_order_steps_make_no_products() -> None:
+    engine = made(model(), warmup_steps=2, warmup_scale=0.1)
+    assert engine.wants_estimate() is None
+    step(engine, 0)
+    assert engine.health()["cos_update_grad"] == pytest.approx(1.0)
+    step(engine, 1)
+    assert engine.wants_estimate() == "gradient"
+
+
+def test_weights_are_exactly_what_they_were() -> None:
+    net = model().float()
+    engine = SingleEngine(net, make_optimizer(net, "GAUSS_NEWTON", Config(iterations=3), CPU), CPU, 1, COUNT)
+    engine.train()
+    x, y = data(0)
+    before = [p.detach().clone() for p in net.parameters()]
+    one = estimates.MicroBatch(
+        COUNT, lambda: engine(x.float()), lambda s: nn.functional.cross_entropy(s, y), lambda s: s.sum() * 0
+    )
+    estimates.run(engine, lambda: [one])
+    assert all(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
+    assert engine.wants_estimate() is None
+
+
+def test_a_loop_without_windows_is_told() -> None:
+    engine = made(model())
+    x, y = data(0)
+    engine.backward(nn.functional.cross_entropy(engine(x), y), terms=COUNT)
+    with pytest.raises(RunError, match=r"engine\.step: step 0 needs an estimate"):
+        engine.step()
+
+
+@pytest.mark.parametrize(
+    ("base", "given", "words"),
+    [
+        (recipe("zero-3"), {"products": "double_backward"}, r"ZeRO stage 3 has no whole weights"),
+        (recipe("fsdp2"), {"products": "double_backward"}, r"FSDP2 has no whole weights"),
+        (recipe("zero-2", "bf16"), {}, r"lost in the rounding of bfloat16"),
+        (
+            recipe("zero-2", fp16={"enabled": True}),
+            {"products": "double_backward"},
+            r"a loss scale may change",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused(base: dict[str, Any], given: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(other("GAUSS_NEWTON", base, **given))
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(other("SOPHIA", base, estimator="hutchinson", **given))
+    load_recipe(other("SOPHIA", base))
+
+
+def test_settings_of_products_without_products_are_refused() -> None:
+    with pytest.raises(RecipeError, match="probe_seed means nothing without estimator = hutchinson"):
+        load_recipe(other("SOPHIA", recipe("zero-2"), probe_seed=3))
+
+
+@pytest.mark.parametrize("kind", ["SOPHIA", "GAUSS_NEWTON"])
+def test_nothing_left_to_work_on_is_refused(kind: str) -> None:
+    config: Any = __import__(f"dsso.optim.{kind.lower()}", fromlist=["Config"]).Config(exclude=["."])
+    with pytest.raises(RecipeError, match=r"optimizer\.params\.exclude: .* has no parameter to work on"):
+        make_optimizer(model(), kind, config, CPU)
