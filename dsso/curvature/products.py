@@ -104,7 +104,10 @@ def hessian_product(
     if not used:
         return (None,) * len(parameters)
     outputs, directions = zip(*used, strict=True)
-    return _twice(lambda: torch.autograd.grad(outputs, parameters, directions, allow_unused=True))
+    found: tuple[Tensor | None, ...] = _twice(
+        lambda: torch.autograd.grad(outputs, parameters, directions, allow_unused=True)
+    )
+    return found
 
 
 def with_gradient(parameters: Sequence[Tensor], wanted: Sequence[Tensor | None]) -> Tensor:
