@@ -69,7 +69,7 @@ def run(engine: Any, batches: MicroBatches) -> None:
                 with _same_randomness(engine), engine.displaced(sign):
                     _window(engine, batches, _slope)
             continue
-        make: Callable[[MicroBatch, int], Tensor] = _slope
+        make: Callable[[MicroBatch], Tensor] = _slope
         if kind == "sampled":
             make = _sampled
         elif kind != "gradient":
@@ -92,18 +92,18 @@ _BENDS: dict[str, Any] = {"ggn": _exactly, "ggn_sampled": _in_one_draw, "hessian
 """What multiplies J v, by what is wanted."""
 
 
-def _window(engine: Any, batches: MicroBatches, make: Callable[[MicroBatch, int], Tensor]) -> None:
+def _window(engine: Any, batches: MicroBatches, make: Callable[[MicroBatch], Tensor]) -> None:
     with engine.estimating():
-        for index, batch in enumerate(batches()):
-            engine.backward(make(batch, index), terms=batch.terms)
+        for batch in batches():
+            engine.backward(make(batch), terms=batch.terms)
             engine.step()
 
 
-def _slope(batch: MicroBatch, _index: int) -> Tensor:
+def _slope(batch: MicroBatch) -> Tensor:
     return batch.loss(batch.scores())
 
 
-def _sampled(batch: MicroBatch, _index: int) -> Tensor:
+def _sampled(batch: MicroBatch) -> Tensor:
     return batch.sampled(batch.scores())
 
 
@@ -114,7 +114,7 @@ class _Twice:
         self._engine, self._bend = engine, bend
         self._parameters, self._vector = engine.whole_direction()
 
-    def __call__(self, batch: MicroBatch, _index: int) -> Tensor:
+    def __call__(self, batch: MicroBatch) -> Tensor:
         with self._engine.unwrapped():
             f_NC = batch.scores()
         if self._bend is None:
@@ -130,11 +130,12 @@ class _Differences:
     """<f(w), (d2L/df2) J v> of a micro-batch, J v by central differences."""
 
     def __init__(self, engine: Any, batches: MicroBatches, bend: Bend) -> None:
-        self._bend, self._tangents = bend, _tangents(engine, batches)
+        # The last comes first: each goes when it has been used.
+        self._bend, self._tangents = bend, _tangents(engine, batches)[::-1]
 
-    def __call__(self, batch: MicroBatch, index: int) -> Tensor:
+    def __call__(self, batch: MicroBatch) -> Tensor:
         f_NC = batch.scores()
-        bent_NC = self._bend(batch, f_NC, self._tangents[index])
+        bent_NC = self._bend(batch, f_NC, self._tangents.pop())
         return (f_NC * bent_NC.detach().to(f_NC.dtype)).sum()
 
 

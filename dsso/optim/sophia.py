@@ -86,10 +86,10 @@ class Config(ElementwiseConfig):
 
     @property
     def working(self) -> int:
-        """Of Sophia-H: the probe, and the first of two gradients."""
+        """Of Sophia-H: the probe; by differences also the first gradient, and the weights as they were."""
         if self.estimator == "gnb":
             return 0
-        return 2 if self.products == "difference" else 1
+        return 3 if self.products == "difference" else 1
 
     @property
     def products_of_curvature(self) -> Products | None:
@@ -98,9 +98,10 @@ class Config(ElementwiseConfig):
 
     @model_validator(mode="after")
     def _products_of_what(self) -> Self:
-        given = self.model_fields_set & {"products", "difference", "probe_seed"}
-        if self.estimator == "gnb" and given:
-            raise ValueError(f"{sorted(given)[0]} means nothing without estimator = hutchinson")
+        for name in ("products", "difference", "probe_seed"):
+            # A resolved recipe writes defaults out.
+            if self.estimator == "gnb" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} means nothing without estimator = hutchinson")
         return self
 
 

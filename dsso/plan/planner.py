@@ -120,6 +120,8 @@ def _plan(
         lasting = share.weights + share.masters + state + factors
         measured = first.sums + first.buffers
         vectors = 4 * share.partition * (config.working if isinstance(config, ElementwiseConfig) else 0)
+        # What came out of a window is one more.
+        solving = vectors + 4 * share.partition if vectors else 0
         in_step = share.averaging
         if exchange is not None:
             in_step = max(in_step, exchange.peak, exchange.owned + first.peak)
@@ -140,7 +142,7 @@ def _plan(
                 refresh_later=later.refresh,
                 exchange=exchange.peak if exchange else 0,
                 in_pass=lasting + share.passes + share.buckets + measured + vectors,
-                in_step=lasting + share.gradients + share.lasting + max(in_step, 3 * vectors // 2),
+                in_step=lasting + share.gradients + share.lasting + max(in_step, solving),
                 vectors=vectors,
             )
         )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dsso.engines import make_optimizer
+from dsso.engines import estimates, make_optimizer
 from dsso.engines.single import SingleEngine
 from dsso.errors import RunError
 from dsso.optim.sophia import DIAGONAL, FIRST, Config
+from dsso.parallel import noise
 
 CPU = torch.device("cpu")
 WIDE, CLASSES = 4, 3
@@ -229,3 +231,97 @@ def test_no_element_moves_further_than_the_learning_rate() -> None:
     )
     assert float(moved.abs().max()) == pytest.approx(0.01, rel=1e-9)
     assert engine.health()["win_rate"] < 0.1
+
+
+def hessian(net: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[int]]:
+    """Of the mean loss, [P, P], and the elements of every parameter."""
+    named = dict(net.named_parameters())
+    sizes = [p.numel() for p in named.values()]
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = [part.view(p.shape) for part, p in zip(flat.split(sizes), named.values(), strict=True)]
+        scores = torch.func.functional_call(net, dict(zip(named, parts, strict=True)), (x,))
+        return nn.functional.cross_entropy(scores, y)
+
+    flat = torch.cat([p.detach().flatten() for p in named.values()])
+    return torch.autograd.functional.hessian(loss, flat), sizes
+
+
+def estimated(engine: SingleEngine, x: Tensor, y: Tensor) -> None:
+    """Whatever windows the method asks for."""
+
+    def batch(part_x: Tensor, part_y: Tensor) -> estimates.MicroBatch:
+        count = len(part_x)
+        return estimates.MicroBatch(
+            count,
+            lambda: engine(part_x),
+            lambda scores: nn.functional.cross_entropy(scores, part_y),
+            lambda scores: scores.sum() * math.nan,
+        )
+
+    gas = engine.gradient_accumulation_steps
+    parts = list(zip(x.chunk(gas), y.chunk(gas), strict=True))
+    estimates.run(engine, lambda: [batch(*part) for part in parts])
+
+
+@pytest.mark.parametrize("gas", [1, 2])
+@pytest.mark.parametrize(("products", "close"), [("double_backward", 1e-9), ("difference", 1e-5)])
+def test_hutchinson_is_the_probe_times_the_hessian(products: Any, close: float, gas: int) -> None:
+    net = model()
+    engine = made(net, gas, beta2=0.5, estimator="hutchinson", products=products, probe_seed=3)
+    x, y = tokens(10, 0)
+    wanted = torch.zeros(sum(p.numel() for p in net.parameters())).double()
+    for step in range(3):
+        h, _ = hessian(net, x, y)
+        z = torch.cat(
+            [
+                noise.sample(noise.Direction(3, name, step, "rademacher"), 0, p.numel())
+                for name, p in net.named_parameters()
+            ]
+        ).double()
+        wanted = 0.5 * wanted + 0.5 * z * (h @ z)
+        estimated(engine, x, y)
+        found = torch.cat(list(state(engine, DIAGONAL).values()))
+        assert (found - wanted).norm() <= close * wanted.norm()
+        for part_x, part_y in zip(x.chunk(gas), y.chunk(gas), strict=True):
+            engine.backward(nn.functional.cross_entropy(engine(part_x), part_y), terms=len(part_x))
+            engine.step()
+    assert engine.health()["estimates"] == 3
+
+
+def test_hutchinson_has_the_diagonal_as_its_mean() -> None:
+    net = model()
+    x, y = tokens(10, 0)
+    h, _ = hessian(net, x, y)
+    engine = made(net, lr=1e-30, beta2=0.0, estimator="hutchinson", products="double_backward")
+    mean, draws = torch.zeros(len(h)).double(), 3000
+    for step in range(draws):
+        engine.optimizer.steps = step  # another probe
+        estimated(engine, x, y)
+        mean += torch.cat(list(state(engine, DIAGONAL).values())) / draws
+    # The variance of element i in one draw is the sum of the squares of H beside the diagonal in row i.
+    beside = h - torch.diag(h.diagonal())
+    error = float(beside.norm()) / draws**0.5
+    assert 0.5 * error < (mean - h.diagonal()).norm() < 1.5 * error
+    assert error < 0.1 * h.diagonal().norm()
+    assert float(mean.sum() / h.diagonal().sum()) == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("products", ["double_backward", "difference"])
+def test_a_product_that_is_not_finite_is_left_out(products: Any, lost: int) -> None:
+    engine = made(model(), estimator="hutchinson", products=products)
+    x, y = tokens(10, 0)
+    estimated(engine, x, y)
+    kept = state(engine, DIAGONAL)
+    own, calls = engine.backward, [0]
+
+    def breaking(loss: Tensor, terms: Any = None) -> None:
+        own(loss * math.nan if calls[0] == lost or products == "double_backward" else loss, terms)
+        calls[0] += 1
+
+    engine.optimizer.steps = 1
+    engine.backward = breaking  # type: ignore[method-assign]
+    estimated(engine, x, y)
+    assert calls[0] == (2 if products == "difference" else 1)
+    assert all(torch.equal(h, kept[name]) for name, h in state(engine, DIAGONAL).items())

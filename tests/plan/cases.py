@@ -118,7 +118,9 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "fsdp2 fp32 lora gauss-newton": other(
         "GAUSS_NEWTON", recipe("fsdp2", model="tiny-t5", peft=LORA), iterations=2
     ),
-    "fsdp2 fp32 sophia, hutchinson": other("SOPHIA", recipe("fsdp2"), estimator="hutchinson"),
+    "fsdp2 fp32 sophia, hutchinson": other(
+        "SOPHIA", recipe("fsdp2"), estimator="hutchinson", estimate_interval=1
+    ),
     "fsdp2 fp32 lora sophia": other("SOPHIA", recipe("fsdp2", model="tiny-t5", peft=LORA), momentum=0.5),
     "ddp fp32 lora psgd": other("PSGD", recipe("ddp", model="tiny-t5", peft=LORA), momentum=0.5),
     "zero-2 fp32 inverses": recipe("zero-2", params={"apply": "inverse"}),
