@@ -20,6 +20,14 @@ def check_products(config: object, method: str, numbers: Precision, stage: int, 
     Raises:
         RecipeError: fp16; differences in bf16; double backward passes over sharded weights.
     """
+    if getattr(config, "adaptive_damping", None) is not None and numbers.dtype != "float32":
+        raise RecipeError(
+            "what a step does to the loss is lost in the rounding of 16-bit weights",
+            where="optimizer.params.adaptive_damping",
+            got=numbers.dtype,
+            allowed="float32",
+            remedy="leave adaptive_damping out, or use fp32",
+        )
     how = config.products_of_curvature if isinstance(config, ElementwiseConfig) else None
     if how is None:
         return

@@ -176,6 +176,7 @@ class Loop:
                 engine.sampled_pass(partial(self._sampled, batch, terms))
             engine.step()
             self._add(loss.detach())
+        estimates.judge(engine, partial(self._estimated, indices, terms))
 
     def _batches(self, indices: Sequence[int]) -> Iterator[Batch]:
         """This rank's micro-batches of a global batch."""

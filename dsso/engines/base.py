@@ -150,6 +150,26 @@ class EngineBase:
         parameters = {n: p for n, p in self.module.named_parameters() if n in whole}
         return list(parameters.values()), [whole[n].view(p.shape) for n, p in parameters.items()]
 
+    @property
+    def wants_judgement(self) -> bool:
+        """Whether the step that was just taken has to be judged, see `dsso.engines.estimates.judge`."""
+        return self.optimizer.trust is not None and self.optimizer.trust.open
+
+    @contextmanager
+    def along_the_step(self, share: float | Tensor) -> Iterator[None]:
+        """Within it the model computes with weights on the line of the last step; collective.
+
+        Args:
+            share: of the step; 0 is where it began.
+        """
+        assert self.optimizer.trust is not None
+        try:
+            with self.optimizer.trust.at(share):
+                self._follow_weights()
+                yield
+        finally:
+            self._follow_weights()
+
     @contextmanager
     def unwrapped(self) -> Iterator[None]:
         """Within it a forward pass is the model's own: gradients of it may be taken again, and no hook counts them."""

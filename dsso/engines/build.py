@@ -22,6 +22,7 @@ from dsso.optim import available, is_forward, resolve
 from dsso.optim._partition import Clipping, PartitionOptimizer, Warmup
 from dsso.optim._probes import ForwardOptimizer
 from dsso.optim._rules import Rule
+from dsso.optim._trust import Trust
 from dsso.parallel import collectives
 
 _NAMES = {"deepspeed": "DeepSpeed", "fsdp2": "FSDP2", "ddp": "DDP"}
@@ -57,7 +58,8 @@ def make_optimizer(
         adaptive = config.adaptive_tau and NormQuantile(**config.adaptive_tau.model_dump())
         clipping = Clipping(config.clip, config.tau, config.kl_clip, adaptive)
         warmup = Warmup(config.warmup_steps, config.warmup_scale)
-        return PartitionOptimizer(parameters, config.lr, method.rules(), method, clipping, warmup)
+        trust = config.adaptive_damping and Trust(**config.adaptive_damping.model_dump())
+        return PartitionOptimizer(parameters, config.lr, method.rules(), method, clipping, warmup, trust)
     clipping = Clipping("pre", clip) if clip > 0 else Clipping()
     rules = {n: _baseline_rule(kind, config, p.dim() > 1) for n, p in trainable}
     return PartitionOptimizer(parameters, config.lr, rules, None, clipping)

@@ -151,6 +151,33 @@ def _tangents(engine: Any, batches: MicroBatches) -> list[Tensor]:
     return [plus.sub_(minus).mul_(half.to(plus.dtype)) for plus, minus in zip(*found, strict=True)]
 
 
+@torch.no_grad()
+def judge(engine: Any, batches: MicroBatches) -> None:
+    """Compare what a step did to the loss of its batch with what its quadratic model says, where damping follows that.
+
+    Args:
+        engine: whose step has just been taken.
+        batches: of that step.
+    """
+    if not engine.wants_judgement:
+        return
+    share = engine.optimizer.trust.displacement()
+    every = []
+    for where in (0.0, 1.0, share, -share):
+        with _same_randomness(engine), engine.along_the_step(where):
+            every.append([batch.scores().clone() for batch in batches()])
+    sums = share.new_zeros(4)
+    for batch, before, after, plus, minus in zip(batches(), *every, strict=True):
+        t_NC = plus.sub_(minus).mul_((0.5 / share).to(plus.dtype))
+        with torch.enable_grad():
+            leaf_NC = before.detach().requires_grad_(True)
+            (slope_NC,) = torch.autograd.grad(batch.loss(leaf_NC), leaf_NC)
+        bent_NC = loss_curvature(batch.loss, before, t_NC)
+        found = (batch.loss(before), batch.loss(after), (slope_NC * t_NC).sum(), (bent_NC * t_NC).sum())
+        sums += torch.stack([one.to(sums) for one in found])
+    engine.optimizer.trust.judge(sums)
+
+
 @contextmanager
 def _same_randomness(engine: Any) -> Iterator[None]:
     """Put the generators back behind a window."""

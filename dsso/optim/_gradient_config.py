@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -46,8 +46,26 @@ class AdaptiveTau(StrictModel):
     """Times the quantile."""
 
 
+class AdaptiveDamping(StrictModel):
+    """A factor on the damping that falls while steps do to the loss what their quadratic model says; fp32 only."""
+
+    interval: int = Field(default=5, ge=1)
+    """Steps between two that are judged, each by four more forward passes of its batch."""
+    rate: float = Field(default=0.95, gt=0, lt=1)
+    """The factor changes by this to the power of `interval`."""
+    least: float = Field(default=1e-3, gt=0, le=1)
+    """Smallest factor."""
+    most: float = Field(default=1e3, ge=1)
+    """Largest factor."""
+    difference: float = Field(default=1e-3, gt=0, le=0.1)
+    """Length of the displacement that J d is taken at, over 1 + the length of all weights that are trained."""
+
+
 class GradientConfig(StrictModel):
     """What every method on gradients takes."""
+
+    damped: ClassVar[bool] = False
+    """Whether it has a `damping` that can follow the loss."""
 
     lr: float = Field(default=0.05, gt=0)
     """Learning rate; a scheduler section of the recipe multiplies it."""
@@ -61,6 +79,8 @@ class GradientConfig(StrictModel):
     """Largest norm over all trainable parameters and ranks, before the learning rate. A schedule."""
     adaptive_tau: AdaptiveTau | None = None
     """The bound as a quantile of the norms of the last steps, instead of `tau`; null: `tau` throughout."""
+    adaptive_damping: AdaptiveDamping | None = None
+    """A factor on `damping` by the rule of Levenberg and Marquardt, for methods that solve with a damped curvature."""
     kl_clip: float | None = Field(default=None, gt=0)
     """Bound on lr^2 <u, g>, on top of the clip; null: none."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -76,6 +96,8 @@ class GradientConfig(StrictModel):
     def _something_to_adapt(self) -> Self:
         if self.adaptive_tau is not None and self.clip == "none":
             raise ValueError("adaptive_tau bounds nothing with clip = none; set clip to pre or post")
+        if self.adaptive_damping is not None and not self.damped:
+            raise ValueError("adaptive_damping means nothing to a method without a damped curvature")
         return self
 
     def rules(

@@ -184,7 +184,9 @@ class KroneckerMethod(GradientMethod):
             self.statistics.average(bad, self.config.ema_decay)
         every = list(self.placement.factors)
         due = every if self._retry else self._factorized.due(self.config.inverse_interval, step)
-        self.refresh.run(due, step, value(self.config.damping, step), self.config.damping_floor)
+        self.refresh.run(
+            due, step, value(self.config.damping, step) * self.damping_factor, self.config.damping_floor
+        )
         self._started = True
         self._retry = False
 

@@ -18,6 +18,7 @@ class KroneckerConfig(GradientConfig):
 
     title: ClassVar[str]
     """Name of the method in messages."""
+    damped: ClassVar[bool] = True
 
     damping: Annotated[ScalarSchedule, bounded(gt=0)] = 0.1
     """`relative`: lambda over the product of the factors' mean eigenvalues; `absolute`: lambda itself. A schedule."""

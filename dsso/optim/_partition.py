@@ -23,6 +23,7 @@ from torch import Tensor
 from dsso.clip import ClipMode, NormQuantile, StepNorms, clip_scale, cosine
 from dsso.optim._elementwise import ElementwiseMethod, Pieces
 from dsso.optim._rules import Rule, apply_adamw, apply_sgd
+from dsso.optim._trust import Trust
 from dsso.optim.base import GradientMethod
 from dsso.parallel import collectives
 from dsso.parallel.deferred import Deferred
@@ -69,6 +70,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         method: what turns gradients into updates; None leaves all parameters to their rules.
         clipping: bound on the update.
         warmup: first steps that go along the gradient; the method takes its statistics and refreshes in them.
+        trust: what the method's damping follows; None: nothing.
 
     Attributes:
         steps: calls of `step` so far; skipped ones count, steps that the engine itself dropped do not.
@@ -87,12 +89,14 @@ class PartitionOptimizer(torch.optim.Optimizer):
         method: GradientMethod | None,
         clipping: Clipping,
         warmup: Warmup = Warmup(),
+        trust: Trust | None = None,
     ) -> None:
         super().__init__([{"params": list(params)}], {"lr": lr})
         self.rules = dict(rules)
         self.method = method
         self.clipping = clipping
         self.warmup = warmup
+        self.trust = trust
         self.steps = 0
         self.skipped = 0
         self.consecutive_skips = 0
@@ -208,6 +212,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
     def begin_window(self) -> None:
         """The first micro-batch of an accumulation window is about to run."""
         if self.method is not None:
+            self.method.damping_factor = 1.0 if self.trust is None else self.trust.settle()
             self.method.begin_window(self.steps, self._retry)
 
     def _flat(self, tensor: Tensor) -> Tensor:
@@ -246,6 +251,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
             self.direct.estimate(self._gradients())
             return
         self._read_outcome()
+        if self.trust is not None:
+            self.trust.remember(self.steps, self._buffers, self._rest_weight)
         gradients = self._gradients()
         lr = float(self.param_groups[0]["lr"])
         updates: dict[str, Tensor] = {}
@@ -408,6 +415,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
         out["tau"] = value(self.clipping.tau, max(self.steps - 1, 0))
         if self.clipping.adaptive is not None:
             out["tau"] = float(self._tau)
+        if self.trust is not None:
+            out["damping_factor"], out["reduction_ratio"] = self.trust.factor, self.trust.ratio
         if self.method is not None:
             out.update(self.method.health())
             out["factor_failures"], out["layers_without_factors"] = figures[6:]
@@ -448,6 +457,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
             "clip_events": float(self._clip_events.item()),
             "failures": float(self._failures.item()),
             "norms": None if self.clipping.adaptive is None else self.clipping.adaptive.state(),
+            "trust": None if self.trust is None else self.trust.state(),
             "method": None if self.method is None else self.method.counters(),
         }
 
@@ -463,6 +473,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self._failures = torch.full_like(self._clip_events, float(state["failures"]))
         if self.clipping.adaptive is not None:
             self.clipping.adaptive.load(state.get("norms"))
+        if self.trust is not None:
+            self.trust.load(state.get("trust"))
         if state["outcome"] is not None:
             self._outcome.push(torch.tensor(state["outcome"]))
         if self.method is not None and state["method"] is not None:

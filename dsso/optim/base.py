@@ -52,11 +52,13 @@ class GradientMethod(ABC):
             order; the same on every rank.
         owners: the first of them.
         rest: every other trainable parameter, with the reason why the base method takes it.
+        damping_factor: on the damping, where the recipe has it follow the loss.
     """
 
     workers: dict[str, tuple[int, ...]]
     owners: dict[str, int]
     rest: dict[str, str]
+    damping_factor: float = 1.0
 
     @abstractmethod
     def begin_window(self, step: int, retry: bool) -> None:

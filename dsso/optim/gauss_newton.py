@@ -49,11 +49,13 @@ class Config(ElementwiseConfig):
 
     kept: ClassVar[tuple[str, ...]] = (STEP,)
 
+    damped: ClassVar[bool] = True
+
     lr: float = Field(default=0.5, gt=0)
     """Learning rate; 1 is the full step of the quadratic model."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """m <- momentum m + u on clipped steps."""
-    damping: float = Field(default=0.1, gt=0)
+    damping: float = Field(default=0.01, gt=0)
     """lambda, added to the diagonal of G; relative or absolute, see `damping_kind`."""
     damping_kind: Literal["relative", "absolute"] = "relative"
     """`relative`: times g^T G g / g^T g of the batch."""
@@ -172,7 +174,12 @@ class Method(ElementwiseMethod):
             relative = self.config.damping_kind == "relative"
             solution = [state[STEP] for state in states]
             self._solve = ConjugateGradients(
-                solution, clean, dot, self.config.damping, relative, self.config.tolerance
+                solution,
+                clean,
+                dot,
+                self.config.damping * self.damping_factor,
+                relative,
+                self.config.tolerance,
             )
             return
         self._solve.feed(clean, take)

@@ -122,6 +122,9 @@ def _plan(
         vectors = 4 * share.partition * (config.working if isinstance(config, ElementwiseConfig) else 0)
         # What came out of a window is one more.
         solving = vectors + 4 * share.partition if vectors else 0
+        if getattr(config, "adaptive_damping", None) is not None:
+            # The weights that a step began with; while it is judged there is a third copy, and no gradient any more.
+            solving += 4 * share.partition
         in_step = share.averaging
         if exchange is not None:
             in_step = max(in_step, exchange.peak, exchange.owned + first.peak)

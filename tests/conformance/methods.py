@@ -98,6 +98,7 @@ def step(engine: SingleEngine, seed: int, scale: float = 1.0) -> None:
         if engine.wants_sampled_pass():
             engine.sampled_pass(partial(sampled, part_x, first))
         engine.step()
+    estimates.judge(engine, lambda: [batch_of(*part) for part in parts])
 
 
 def weights(engine: SingleEngine) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-adapter": ("tiny-bert", {"type": "adapter", "bottleneck": 8}),
 }
 SHAPING = ("low_rank", "low_rank_above", "low_rank_energy", "block_side", "token_stride", "async_delay", "stagger",
-           "adaptive_tau", "warmup_steps")
+           "adaptive_tau", "warmup_steps", "adaptive_damping")
 """Settings that the step itself depends on."""
 CHECKPOINTING = ("none", "reentrant", "non_reentrant")
 
@@ -59,6 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "communication": {"strategy": "communication_optimal"},
     "hybrid": {"strategy": "hybrid_optimal", "grad_worker_fraction": 0.67},
     "adaptive": {"adaptive_tau": {"window": 2, "quantile": 0.5}, "warmup_steps": 2},
+    "trust": {"adaptive_damping": {"interval": 2, "rate": 0.5}},
     "mixture": {
         "low_rank": 6,
         "low_rank_above": 24,
@@ -297,6 +298,7 @@ def train(engine: Any, data: Any, case: Case, rank: int, world_size: int, gas: i
             if engine.wants_sampled_pass():
                 engine.sampled_pass(functools.partial(sampled, batch))
             engine.step()
+        estimates.judge(engine, lambda estimated=estimated: estimated)
     found = dict(engine.gathered_state_dict())
     if found:
         return found
