@@ -271,7 +271,7 @@ def method_config(case: Case, alone: bool = False) -> Any:
     """Settings of the case's method; of those that are not K-FAC what all of them have, and their own defaults."""
     if case.method == "KFAC":
         return kfac_config(case, alone)
-    given = dict(lr=0.02 if case.method == "GAUSS_NEWTON" else 1e-3, momentum=0.5, weight_decay=0.01, clip="post", tau=5.0)
+    given = dict(lr=1e-3, momentum=0.5, weight_decay=0.01, clip="post", tau=5.0)
     config = resolve(case.method).Config
     intervals = {name: [[0, 1], [3, 2]] for name in config.model_fields if name.endswith("_interval")}
     blocks = {"block_side": 24} if "block_side" in config.model_fields else {}
