@@ -61,8 +61,9 @@ class Config(ElementwiseConfig):
     """`relative`: times g^T G g / g^T g of the batch."""
     iterations: int = Field(default=8, ge=1, le=1000)
     """Most products with G a step, each a window of the same batch."""
-    tolerance: float = Field(default=0.01, ge=0, lt=1)
-    """Residual over gradient at which the solve ends; known one product late. 0: always `iterations` products."""
+    tolerance: float = Field(default=0.0, ge=0, lt=1)
+    """Residual over gradient at which the solve ends; known one product late. 0: always `iterations` products, since
+    what lies at the bound by rounding ends earlier on one engine than on another."""
     curvature: Literal["exact", "sampled"] = "exact"
     """Curvature of the losses at the scores: exact, or one draw of labels from the model."""
     products: Products = "difference"

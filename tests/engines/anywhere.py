@@ -18,10 +18,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from torch import Tensor, nn
 
-from dsso.engines import launch_environment, make_optimizer, start, stop
+from dsso.curvature.labels import sample_labels
+from dsso.engines import estimates, launch_environment, make_optimizer, start, stop
 from dsso.engines.ddp import DDPEngine
 from dsso.engines.fsdp2 import FSDP2Engine
 from dsso.engines.single import SingleEngine
+from dsso.optim import available, is_forward, resolve
 from dsso.optim.kfac import Config
 
 CPU = torch.device("cpu")
@@ -40,7 +42,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "base": {"type": "AdamW", "applies_to": "all"},
     },
 }
-"""Steps 3 and 5 lie within an interval; in `rich` factorizations are under way at step 3."""
+"""Of K-FAC: steps 3 and 5 lie within an interval; in `rich` factorizations are under way at step 3."""
+OTHERS = tuple(name for name in available() if not is_forward(name) and name != "KFAC")
+"""Other methods on gradients, as they are found: what all of them have, and intervals."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,18 @@ class Leg:
     first: int = 0
     last: int = 3
     settings: str = "plain"
+    """Of K-FAC, or the type of another method."""
+
+
+def method_of(settings: str, momentum: float = 0.9) -> tuple[str, Any]:
+    """Type and parameters of the method."""
+    if settings in SETTINGS:
+        return "KFAC", Config(**SETTINGS[settings], momentum=momentum)
+    kind = resolve(settings).Config
+    intervals = {name: 2 for name in kind.model_fields if name.endswith("_interval")}
+    # What is compared is how a run goes on, not what a solve makes of the rounding of differences.
+    damping = {"damping": 0.3} if settings == "GAUSS_NEWTON" else {}
+    return settings, kind(lr=0.01, tau=1.0, clip="post", momentum=momentum, **intervals, **damping)
 
 
 class Net(nn.Module):
@@ -78,9 +94,8 @@ def build(leg: Leg, world_size: int, momentum: float = 0.9) -> Any:
     torch.manual_seed(0)
     model = Net()
     micro = GLOBAL_BATCH // (2 * world_size)
-    settings = {**SETTINGS[leg.settings], "momentum": momentum}
     number = torch.bfloat16 if leg.dtype == "bf16" else torch.float32
-    optimizer = make_optimizer(model, "KFAC", Config(**settings), CPU)
+    optimizer = make_optimizer(model, *method_of(leg.settings, momentum), CPU)
     if leg.engine == "fsdp2":
         return FSDP2Engine(model, optimizer, CPU, 2, micro, dtype=number)
     if leg.engine in ("single", "ddp"):
@@ -109,9 +124,25 @@ def step(engine: Any, number: int, dtype: str) -> None:
     generator = torch.Generator().manual_seed(number)
     x = torch.randn(GLOBAL_BATCH, 8, generator=generator)
     y = torch.randint(5, (GLOBAL_BATCH,), generator=generator)
-    for part in torch.arange(GLOBAL_BATCH).chunk(engine.world_size)[engine.rank].chunk(2):
+    parts = torch.arange(GLOBAL_BATCH).chunk(engine.world_size)[engine.rank].chunk(2)
+
+    def batch(part: Tensor) -> estimates.MicroBatch:
         inputs = x[part].to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-        engine.backward(nn.functional.cross_entropy(engine(inputs).float(), y[part]), terms=len(part))
+
+        def sampled(scores: Tensor) -> Tensor:
+            drawn = sample_labels(scores, "cross_entropy", 0, number, part, torch.zeros_like(part))
+            return nn.functional.cross_entropy(scores, drawn)
+
+        return estimates.MicroBatch(
+            len(part),
+            lambda: engine(inputs).float(),
+            lambda scores: nn.functional.cross_entropy(scores, y[part]),
+            sampled,
+        )
+
+    estimates.run(engine, lambda: map(batch, parts))
+    for one in map(batch, parts):
+        engine.backward(one.loss(one.scores()), terms=one.terms)
         engine.step()
     engine.module.mean += 1.0 + number
 

@@ -68,6 +68,16 @@ AFTER = [
     # the masters are fp32 in any case
     Leg("zero2-bf16-to-fp32", "single", "fp32", load="zero2-bf16", first=3, last=LAST),
 ]
+for turn, method in enumerate(anywhere.OTHERS):
+    # Every method is written by one engine, goes on under another one, and alone; the engines in turn.
+    names = ("1", "fsdp2", "3", "ddp", "2", "0")
+    there, next_ = names[turn % 6], names[(turn + 1) % 6]
+    BEFORE.append(Leg(f"straight-{method}", "single", last=LAST, settings=method))
+    WRITTEN.append(Leg(f"{method}-written", there, settings=method))
+    MOVED.append(Leg(f"{method}-moved", next_, load=f"{method}-written", first=3, last=LAST, settings=method))
+    AFTER.append(
+        Leg(f"{method}-alone", "single", load=f"{method}-written", first=3, last=LAST, settings=method)
+    )
 CHAIN = [
     Leg("two-one-four-zero3", "3", load="zero2-to-single", first=5, last=LAST),
     Leg("two-one-four-zero1", "1", load="zero2-to-single", first=5, last=LAST),
@@ -129,8 +139,8 @@ def test_what_is_read_is_what_was_written(leg: Leg, folder: Path) -> None:
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("leg", [leg for leg in MOVED + AFTER if leg.last == LAST], ids=lambda leg: leg.name)
 def test_it_goes_on_as_the_uninterrupted_run(leg: Leg, folder: Path) -> None:
-    rich = "-rich" if leg.settings == "rich" else ""
-    found, straight = weights(folder, leg.name), weights(folder, f"straight{rich}")
+    settings = "" if leg.settings == "plain" else f"-{leg.settings}"
+    found, straight = weights(folder, leg.name), weights(folder, f"straight{settings}")
     if "bf16" not in leg.name:
         assert difference(found, straight) <= 1e-5
     else:
