@@ -81,8 +81,10 @@ def pushforward(f_NC: Tensor, parameters: Sequence[Tensor], vector: Sequence[Ten
     if not used:
         return torch.zeros_like(f_NC)
     outputs, directions = zip(*used, strict=True)
-    (out_NC,) = _twice(lambda: torch.autograd.grad(outputs, u_NC, directions, allow_unused=True))
-    return torch.zeros_like(f_NC) if out_NC is None else out_NC.detach()
+    _refuse_dead_ends(outputs)
+    (out_NC,) = _twice(lambda: torch.autograd.grad(outputs, u_NC, directions))
+    found: Tensor = out_NC.detach()
+    return found
 
 
 def hessian_product(
@@ -104,6 +106,7 @@ def hessian_product(
     if not used:
         return (None,) * len(parameters)
     outputs, directions = zip(*used, strict=True)
+    _refuse_dead_ends(outputs)
     found: tuple[Tensor | None, ...] = _twice(
         lambda: torch.autograd.grad(outputs, parameters, directions, allow_unused=True)
     )
@@ -126,14 +129,32 @@ def with_gradient(parameters: Sequence[Tensor], wanted: Sequence[Tensor | None])
     return torch.stack(parts).sum()
 
 
+def _refuse_dead_ends(slopes: Sequence[Tensor]) -> None:
+    """Find operations that were declared not to be differentiable twice: autograd passes them over without a word."""
+    seen: set[Any] = set()
+    waiting: list[Any] = [slope.grad_fn for slope in slopes]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith("::Error"):
+            raise _refusal("an operation of it says so")
+        waiting.extend(following for following, _ in node.next_functions)
+
+
+def _refusal(why: str) -> RunError:
+    return RunError(
+        f"the model cannot be differentiated twice ({why})",
+        where="optimizer.params.products",
+        remedy="set products to 'difference', or the model's attention to 'eager' and its activation "
+        "checkpointing off",
+    )
+
+
 def _twice(action: Callable[[], Any]) -> Any:
     """Name the way out where autograd has none."""
     try:
         return action()
     except RuntimeError as error:
-        raise RunError(
-            f"the model cannot be differentiated twice ({str(error).splitlines()[0]})",
-            where="optimizer.params.products",
-            remedy="set products to 'difference', or the model's attention to 'eager' and its activation "
-            "checkpointing off",
-        ) from error
+        raise _refusal(str(error).splitlines()[0]) from error

@@ -31,6 +31,7 @@ class EngineBase:
     Attributes:
         shapes: full shape of every trainable parameter, by name.
         pending: micro-batches of a window that has not had its step.
+        tried: the model is known to be one that can be differentiated twice.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class EngineBase:
         trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.shapes = {n: tuple(p.shape) for n, p in trainable.items()}
         self.pending = 0
+        self.tried = False
         self._first = next(iter(trainable.values()))
 
     # -- to be given by the engine ------------------------------------------------------------------------------
@@ -138,6 +140,18 @@ class EngineBase:
         Raises:
             RunError: no rank has whole parameters.
         """
+        self.need_whole_weights()
+        assert self.optimizer.direct is not None
+        whole = self.optimizer.direct.whole_direction(self.optimizer.steps)
+        parameters = {n: p for n, p in self.module.named_parameters() if n in whole}
+        return list(parameters.values()), [whole[n].view(p.shape) for n, p in parameters.items()]
+
+    def need_whole_weights(self) -> None:
+        """Refuse double backward passes where ranks hold parts of the weights.
+
+        Raises:
+            RunError: they do.
+        """
         if self.sharded:
             raise RunError(
                 f"{self.name} has no whole weights to differentiate twice",
@@ -145,10 +159,6 @@ class EngineBase:
                 got="double_backward",
                 remedy="set it to 'difference'",
             )
-        assert self.optimizer.direct is not None
-        whole = self.optimizer.direct.whole_direction(self.optimizer.steps)
-        parameters = {n: p for n, p in self.module.named_parameters() if n in whole}
-        return list(parameters.values()), [whole[n].view(p.shape) for n, p in parameters.items()]
 
     @property
     def wants_judgement(self) -> bool:
@@ -172,7 +182,7 @@ class EngineBase:
 
     @contextmanager
     def unwrapped(self) -> Iterator[None]:
-        """Within it a forward pass is the model's own: gradients of it may be taken again, and no hook counts them."""
+        """Within it a forward pass is the model's own: it belongs to no window, and may be differentiated again."""
         self._unwrapped = True
         try:
             yield
@@ -213,11 +223,16 @@ class EngineBase:
 
     def _before_forward(self) -> None:
         """Open the accumulation window with its first training forward."""
-        if self.module.training and torch.is_grad_enabled() and not self._window_open:
+        if self.module.training and torch.is_grad_enabled() and not self._unwrapped:
+            self._open()
+
+    def _open(self) -> None:
+        if not self._window_open:
             self._window_open = True
             self.optimizer.begin_window()
 
     def _before_backward(self, terms: float | Tensor | None) -> None:
+        self._open()
         self.pending += 1
         method = self.optimizer.method
         if method is None:
@@ -333,7 +348,7 @@ class EngineBase:
         """Rows `parameter, shape, method, owner, reason` for every trainable parameter."""
         method = self.optimizer.method
         owners = {} if method is None else method.owners
-        taken = {*owners, *getattr(method, "taken", ())}
+        taken = {*owners, *(() if method is None else method.taken)}
         reasons = {} if method is None else method.rest
         name = "" if method is None else type(method).__module__.rsplit(".", 1)[-1].upper()
         return [

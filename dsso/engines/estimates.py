@@ -61,8 +61,11 @@ def run(engine: Any, batches: MicroBatches) -> None:
         batches: of the window that comes next.
 
     Raises:
-        RunError: the model cannot be differentiated twice, and `products` asks for it.
+        RunError: the model cannot be differentiated twice, and `products` asks for it; at the first call.
     """
+    if engine.twice_differentiated and not engine.tried:
+        _try(engine, batches)
+        engine.tried = True
     while (kind := engine.wants_estimate()) is not None:
         if kind == "gradient_pair":
             for sign in (1.0, -1.0):
@@ -78,6 +81,18 @@ def run(engine: Any, batches: MicroBatches) -> None:
             make = _Twice(engine, bend) if twice else _Differences(engine, batches, bend)
         with _same_randomness(engine), _math_attention(engine.twice_differentiated):
             _window(engine, batches, make)
+
+
+def _try(engine: Any, batches: MicroBatches) -> None:
+    """Find out at the first step whether the model can be differentiated twice, not when it is asked for first."""
+    engine.need_whole_weights()
+    parameters = [p for p in engine.module.parameters() if p.requires_grad]
+    nothing = [torch.zeros_like(p) for p in parameters]
+    with _same_randomness(engine), _math_attention(True), engine.unwrapped():
+        batch = next(iter(batches()))
+        f_NC = batch.scores()
+        pushforward(f_NC, parameters, nothing)
+        hessian_product(batch.loss(f_NC), parameters, nothing)
 
 
 def _exactly(batch: MicroBatch, f_NC: Tensor, t_NC: Tensor) -> Tensor:

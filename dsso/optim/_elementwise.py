@@ -227,6 +227,7 @@ class Pieces:
         self.method = method
         self.weight = weight
         self._table, self._buffers = table, [buffer.detach() for buffer in buffers]
+        self._exchange: FragmentExchange | None = None
         self._view = view
         self._places = list(places)
         self._weights = self._of(self._buffers)
@@ -265,9 +266,11 @@ class Pieces:
         out = self._zeros()
         for view, piece in zip(self._of(out), self.method.direction(self, step), strict=True):
             view.copy_(piece)
-        everyone = range(collectives.world_size())
-        workers = {name: everyone for name in self._table.sizes if name in self.method.taken}
-        return FragmentExchange(self._table, workers, collectives.rank()).gather(out)
+        if self._exchange is None:
+            everyone = range(collectives.world_size())
+            workers = {name: everyone for name in self._table.sizes if name in self.method.taken}
+            self._exchange = FragmentExchange(self._table, workers, collectives.rank())
+        return self._exchange.gather(out)
 
     @contextmanager
     def displaced(self, sign: float, step: int) -> Iterator[None]:

@@ -147,7 +147,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         workers = {} if self.method is None else self.method.workers
         self._exchange = FragmentExchange(table, workers, me) if workers else None
         self._counted = [name for name, owner in owners.items() if owner == me]
-        taken = self.method.taken if isinstance(self.method, ElementwiseMethod) else frozenset()
+        taken = frozenset() if self.method is None else self.method.taken
         self._rest = [s for s in table.ranks[me] if s.name not in owners and s.name not in taken and s.numel]
         replicated = all(sum(s.numel for s in spans_) == sum(sizes.values()) for spans_ in table.ranks)
         self._rest_weight = 1.0 / world if replicated else 1.0

@@ -52,12 +52,14 @@ class GradientMethod(ABC):
             order; the same on every rank.
         owners: the first of them.
         rest: every other trainable parameter, with the reason why the base method takes it.
+        taken: parameters without an owner that it takes on every rank.
         damping_factor: on the damping, where the recipe has it follow the loss.
     """
 
     workers: dict[str, tuple[int, ...]]
     owners: dict[str, int]
     rest: dict[str, str]
+    taken: frozenset[str] = frozenset()
     damping_factor: float = 1.0
 
     @abstractmethod

@@ -236,3 +236,36 @@ def test_nothing_left_to_work_on_is_refused(kind: str) -> None:
     config: Any = __import__(f"dsso.optim.{kind.lower()}", fromlist=["Config"]).Config(exclude=["."])
     with pytest.raises(RecipeError, match=r"optimizer\.params\.exclude: .* has no parameter to work on"):
         make_optimizer(model(), kind, config, CPU)
+
+
+class Straight(torch.autograd.Function):
+    """An operation whose backward pass cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+class Once(nn.Module):
+    """A layer with that operation in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Straight.apply(self.inner(x))  # type: ignore[no-any-return]
+
+
+def test_a_model_that_cannot_be_differentiated_twice_is_told_at_the_first_step() -> None:
+    engine = made(Once(), products="double_backward", warmup_steps=10)
+    with pytest.raises(RunError, match=r"(?s)cannot be differentiated twice.*set products to 'difference'"):
+        step(engine, 0)
+    assert engine.global_steps == 0
+    step(made(Once(), products="difference", warmup_steps=10), 0)
+    step(made(Once(), products="difference"), 0)
