@@ -77,7 +77,8 @@ def test_other_methods_take_the_step_of_one(tmp_path: Path) -> None:
 def test_products_of_curvature_are_those_of_one_process(tmp_path: Path) -> None:
     """Double backward passes, differences, drawn labels, on every engine that has them."""
     cases = _table().cases
-    chosen = list(cases.option_cases(2))[::2]
+    every = enumerate(cases.option_cases(2))
+    chosen = [case for row, case in every if row % 2 == row // 4 % 2]
     assert {case.engine for case in chosen} == set(cases.ENGINES)
     assert {(case.method, case.variant) for case in chosen} == {
         (method, name) for method, names in cases.OPTIONS.items() for name in names
