@@ -202,7 +202,7 @@ def _prefix(bundle: ModelBundle, config: PeftConfig) -> nn.Module:
         )
     if bundle.family == "encoder" and bundle.head == "prompt":
         raise RecipeError(
-            "prefix tuning of a masked language model is not available",
+            "prefix tuning of a masked LM is not available",
             where="dsso.peft.type",
             got="prefix with head 'prompt'",
             allowed="lora, adapter, none",

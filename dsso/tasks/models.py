@@ -308,7 +308,7 @@ def _build(
             "the checkpoint has no trained language-model head, so it cannot answer prompts",
             where="dsso.task.head",
             got=f"prompt with {model_config.name}; missing {', '.join(sorted(info['missing_keys'])[:3])}",
-            remedy='set it to "classification", or name a model that was trained as a language model',
+            remedy='set it to "classification", or name one that was trained as an LM',
         )
     loaded: nn.Module = model
     return loaded

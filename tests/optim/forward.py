@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Head(nn.Module):
-    """Whose bias is that of its layer as well, as in the heads of masked language models."""
+    """Whose bias is that of its layer as well, as in the heads of masked LMs."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

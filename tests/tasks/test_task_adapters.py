@@ -266,7 +266,7 @@ def test_prefixes_that_cannot_work(make):
     assert "checkpointing" in refusal(
         make, {"name": "tiny-t5", "gradient_checkpointing": "reentrant"}, prefix
     )
-    assert "masked language model" in refusal(make, "tiny-roberta", prefix, head="prompt")
+    assert "masked LM" in refusal(make, "tiny-roberta", prefix, head="prompt")
     assert "text-to-text" in refusal(make, "tiny-t5", prefix, head="classification")
     assert "the prefix and a new head only" in refusal(
         make, "tiny-bert", {**prefix, "modules_to_save": ["pooler"]}

@@ -29,7 +29,7 @@ def test_prompts_that_cannot_be_used(make):
     assert "more than one {mask}" in refusal(
         make, "tiny-bert", head="prompt", prompt="{sentence1} {mask} {mask}"
     )
-    # only masked language models have a mask
+    # only masked LMs have a mask
     assert "got: 'mask'" in refusal(make, prompt="{sentence1} {mask}")
 
 
