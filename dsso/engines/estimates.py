@@ -178,8 +178,10 @@ def judge(engine: Any, batches: MicroBatches) -> None:
         return
     share = engine.optimizer.trust.displacement()
     every = []
-    for where in (0.0, 1.0, share, -share):
-        with _same_randomness(engine), engine.along_the_step(where):
+    for where in (0.0, None, share, -share):
+        # Where it ended, the weights are.
+        place = nullcontext() if where is None else engine.along_the_step(where)
+        with _same_randomness(engine), place:
             every.append([batch.scores().clone() for batch in batches()])
     sums = share.new_zeros(4)
     for batch, before, after, plus, minus in zip(batches(), *every, strict=True):

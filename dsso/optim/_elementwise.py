@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dsso.errors import RecipeError, RunError
 from dsso.optim._gradient_config import GradientConfig
+from dsso.optim._rules import Rule
 from dsso.optim._tensors import EXCLUDED, excluded
 from dsso.optim.base import GradientMethod
 from dsso.parallel import collectives, noise
@@ -97,6 +98,12 @@ def choose(model: nn.Module, exclude: Sequence[str], kind: str) -> Chosen:
 class ElementwiseMethod(GradientMethod):
     """A method without owners.
 
+    Args:
+        config: its parameters.
+        model: the unwrapped model.
+        device: where figures are made.
+        kind: its name, for messages.
+
     Attributes:
         taken: names of the parameters that it updates; their rules name what is kept.
         products: how products with curvature are made.
@@ -108,8 +115,19 @@ class ElementwiseMethod(GradientMethod):
     taken: frozenset[str]
     products: Products = "difference"
     difference: float = 1e-3
-    displacement: Tensor
-    device: torch.device
+
+    def __init__(self, config: ElementwiseConfig, model: nn.Module, device: torch.device, kind: str) -> None:
+        self.device = device
+        self.workers: dict[str, tuple[int, ...]] = {}
+        self.owners: dict[str, int] = {}
+        self._shared, self._chosen = config, choose(model, config.exclude, kind)
+        self.rest, self.taken = self._chosen.rest, frozenset(self._chosen.taken)
+        self.displacement = torch.zeros((), device=device)
+
+    def rules(self) -> dict[str, Rule]:
+        """SGD for what is taken, with what is kept beside; the base method for what is excluded."""
+        chosen = self._chosen
+        return self._shared.rules(chosen.taken, chosen.rest, chosen.matrices, self._shared.kept)
 
     @abstractmethod
     def wants_estimate(self, step: int) -> Estimate | None:

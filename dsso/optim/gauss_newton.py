@@ -32,9 +32,7 @@ from dsso.optim._elementwise import (
     Pieces,
     Products,
     State,
-    choose,
 )
-from dsso.optim._rules import Rule
 from dsso.parallel import collectives
 from dsso.parallel.deferred import Deferred
 
@@ -105,23 +103,13 @@ class Method(ElementwiseMethod):
         world_size: int,
         example: Mapping[str, Any] | None = None,
     ) -> None:
+        super().__init__(config, model, device, "Gauss-Newton")
         self.config = config
         self.products, self.difference = config.products, config.difference
-        self.device = device
-        self.workers: dict[str, tuple[int, ...]] = {}
-        self.owners: dict[str, int] = {}
-        self._chosen = choose(model, config.exclude, "Gauss-Newton")
-        self.rest, self.taken = self._chosen.rest, frozenset(self._chosen.taken)
-        self.displacement = torch.zeros((), device=device)
         self._solve: ConjugateGradients | None = None
         self._reached = Deferred()
         self._windows, self._of_step, self._ended = 0, -1, False
         self._last = torch.zeros(3, device=device)
-
-    def rules(self) -> dict[str, Rule]:
-        """SGD for what is taken, with u beside; the base method for what is excluded."""
-        chosen = self._chosen
-        return self.config.rules(chosen.taken, chosen.rest, chosen.matrices, self.config.kept)
 
     # -- windows --------------------------------------------------------------------------------------------------
 

@@ -38,9 +38,7 @@ from dsso.optim._elementwise import (
     Pieces,
     Products,
     State,
-    choose,
 )
-from dsso.optim._rules import Rule
 from dsso.parallel import collectives
 from dsso.schedule import Interval
 
@@ -127,27 +125,18 @@ class Method(ElementwiseMethod):
         world_size: int,
         example: Mapping[str, Any] | None = None,
     ) -> None:
+        super().__init__(config, model, device, "Sophia")
         self.config = config
         self.products, self.difference = config.products, config.difference
-        self.device = device
-        self.workers: dict[str, tuple[int, ...]] = {}
-        self.owners: dict[str, int] = {}
-        self._chosen = choose(model, config.exclude, "Sophia")
-        self.rest, self.taken = self._chosen.rest, frozenset(self._chosen.taken)
         self._mean = torch.zeros((), device=device)
-        self.displacement = torch.zeros((), device=device)
         self._probe: list[Tensor] | None = None
         self._first: list[Tensor] | None = None
+        self._good = torch.ones((), dtype=torch.bool, device=device)
         self._had = -1
         self._free = torch.zeros(1, device=device)
         self._share = torch.ones((), device=device)
         self._terms: float | Tensor = 0.0
         self._estimates = 0
-
-    def rules(self) -> dict[str, Rule]:
-        """SGD for what is taken, with m and h beside; the base method for what is excluded."""
-        chosen = self._chosen
-        return self.config.rules(chosen.taken, chosen.rest, chosen.matrices, self.config.kept)
 
     # -- a window -------------------------------------------------------------------------------------------------
 
@@ -191,15 +180,12 @@ class Method(ElementwiseMethod):
         if self.products == "double_backward":
             products = list(gradients)
         elif self._first is None:
-            self._first = [g.clone() for g in gradients]
-            # A gradient that is not finite stays so in the difference.
+            self._first, self._good = [g.clone() for g in gradients], take
             return
         else:
             half = 0.5 / self.displacement
             products = [(one - two) * half for one, two in zip(self._first, gradients, strict=True)]
-            finite = [torch.isfinite(p.square().sum()) for p in products]
-            bad = (~torch.stack(finite).all()) if finite else torch.zeros_like(take)
-            take = take & (collectives.all_sum(bad.to(torch.float32).reshape(1))[0] == 0)
+            take = take & self._good
         diagonal = [z * hz for z, hz in zip(self._probe, products, strict=True)]
         self._average(diagonal, states, take, weight)
         self._probe = self._first = None
