@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,12 @@ def report(
             file.write(json.dumps({"name": name, "problems": every}) + "\n")
 
 
-def run(script: Path, out: Path, ranks: int, timeout: float) -> Found:
-    """Run a script on that many ranks; the lines that it wrote to `out`."""
+def run(script: Path, out: Path, ranks: int, timeout: float, more: Sequence[str] = ()) -> Found:
+    """Run a script on that many ranks, with `out` and `more` as its arguments; the lines that it wrote to `out`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, str(script), str(out)],
+        [*command, str(script), str(out), *more],
         env=environment,
         capture_output=True,
         text=True,

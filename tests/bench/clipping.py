@@ -40,6 +40,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import results_file  # noqa: E402
 import stability  # noqa: E402
 import torch  # noqa: E402
 
@@ -209,17 +210,6 @@ def plan(arguments: argparse.Namespace) -> list[Case]:
     return list(dict.fromkeys(cases))
 
 
-def results(path: Path) -> list[dict[str, Any]]:
-    """Finished lines; one that was cut short by an interruption is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
 def run(cases: Sequence[Case], jobs: int) -> Iterator[dict[str, Any]]:
     """Lines of the results file, in the order in which the runs end."""
     if jobs <= 1:
@@ -259,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, then print the table, draw the figure and print the summary."""
     arguments = parse(argv)
     if arguments.report is not None:
-        return report(results(arguments.report), arguments.report.with_suffix(".png"))
+        return report(results_file.read(arguments.report), arguments.report.with_suffix(".png"))
     if "builtin" not in arguments.tasks and not os.environ.get("DSSO_DATA"):
         print("skipped: DSSO_DATA is not set, and STS-B and RTE are real data")
         print(json.dumps({"skipped": "DSSO_DATA is not set"}))
@@ -267,27 +257,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "clipping.jsonl"
     cases = plan(arguments)
-    done = {Case(**line["case"]).key for line in results(path)}
+    done = {Case(**line["case"]).key for line in results_file.read(path)}
     missing = [case for case in cases if case.key not in done]
     print(f"{len(cases)} runs, {len(cases) - len(missing)} of them finished before", flush=True)
     for line in run(missing, arguments.jobs):
-        # the newline first: a line that was cut short must not swallow this one
-        cut = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        with path.open("a", encoding="utf-8") as file:
-            file.write(("\n" if cut else "") + json.dumps(line) + "\n")
+        results_file.append(path, line)
         print(stability.describe(line), flush=True)
     keys = {case.key for case in cases}
     return report(
-        [line for line in results(path) if Case(**line["case"]).key in keys], path.with_suffix(".png")
+        [line for line in results_file.read(path) if Case(**line["case"]).key in keys],
+        path.with_suffix(".png"),
     )
 
 
-def report(lines: Sequence[dict[str, Any]], picture: Path) -> int:
+def report(found: Sequence[dict[str, Any]], picture: Path) -> int:
     """Print the tables and the summary, and draw the figure."""
-    print(stability.table(lines))
-    stability.draw(lines, picture)
+    print(stability.table(found))
+    stability.draw(found, picture)
     print(f"figure: {picture}")
-    print(json.dumps(stability.summary(lines)))
+    print(json.dumps(stability.summary(found)))
     return 0
 
 

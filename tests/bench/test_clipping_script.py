@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.bench import clipping, stability
+from tests.bench import clipping, results_file, stability
 
 SMALL = ["--model", "tiny-bert", "--tasks", "builtin", "--steps", "6", "--batch", "4", "--max-length", "24"]
 
@@ -31,7 +31,7 @@ def test_script_runs_and_goes_on_where_it_was_stopped(command, tmp_path, capsys)
     assert {name: one["runs"] for name, one in counts.items()} == {"mean/none": 1, "mean/post": 1}
     assert (tmp_path / "clipping.png").stat().st_size > 5000
     file = tmp_path / "clipping.jsonl"
-    lines = {one["case"]["clip"]: one for one in clipping.results(file)}
+    lines = {one["case"]["clip"]: one for one in results_file.read(file)}
     post = lines["post"]["curves"]
     assert max(post["step_length"]) <= clipping.FIRST_LR * clipping.FIRST_TAU * 1.001
     assert max(lines["none"]["curves"]["step_length"]) > 100 * max(post["step_length"])
@@ -41,7 +41,7 @@ def test_script_runs_and_goes_on_where_it_was_stopped(command, tmp_path, capsys)
     file.write_text(whole[: len(whole) - 40])
     assert clipping.main(argv) == 0
     assert "2 runs, 1 of them finished before" in capsys.readouterr().out
-    repeated = {one["case"]["clip"]: one for one in clipping.results(file)}
+    repeated = {one["case"]["clip"]: one for one in results_file.read(file)}
     assert repeated["none"] == lines["none"]
     assert repeated["post"]["curves"] == post
 

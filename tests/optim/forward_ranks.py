@@ -448,4 +448,5 @@ def main() -> None:
     stop()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,24 +1,20 @@
-"""Every zeroth-order method beside its equations for whole vectors in float64, and what all of them must keep."""
+"""Every zeroth-order method beside its equations for whole vectors in float64, and what is particular to some."""
 
 from __future__ import annotations
 
-import json
 import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsso.errors import RunError
-from dsso.optim import _spsa, available, is_forward, resolve
-from dsso.optim._probes import Piece, Probe
+from dsso.optim import available, is_forward, resolve
 from dsso.parallel import noise
 from dsso.seedlog import Start
-from tests.optim.forward import bits, closure, kept, made
+from tests.optim.forward import closure, made
 
 ROOT = Path(__file__).resolve().parents[2]
 EPS, LR, DECAY, SEED = 1e-3, 1e-2, 0.1, 5
@@ -207,62 +203,7 @@ def test_the_equations(kind: str, settings: dict[str, Any], sides: int, drawn: s
         assert (p.detach().view(-1) - weights[name]).norm() < 2e-4 * length, name
 
 
-# -- exactness ------------------------------------------------------------------------------------------------------
-
-
-@each
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_steps_of_no_length_change_no_bit(kind: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
-    engine = made(dtype, kind, **settings, weight_decay=DECAY)
-    engine.optimizer.param_groups[0]["lr"] = 0.0
-    before, state = bits(engine), {name: value.clone() for name, value in kept(engine).items()}
-    for step in range(50):
-        engine.step(closure(engine, step % 3))
-    assert all(torch.equal(value, before[name]) for name, value in bits(engine).items())
-    assert all(not torch.equal(value, state[name]) for name, value in kept(engine).items())
-    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in kept(engine).values())
-    assert engine.health()["skipped_steps"] == 0
-
-
-@each
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_goes_on_exactly(
-    kind: str, settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
-) -> None:
-    straight, resumed = (made(dtype, kind, **settings, lr=1e-3, directions=2) for _ in range(2))
-    for step in range(6):
-        if step == 3:
-            straight.save_checkpoint(tmp_path, "here", {"at": 3})
-        straight.step(closure(straight, step))
-    assert resumed.load_checkpoint(tmp_path, "here") == {"at": 3}
-    for step in range(3, 6):
-        resumed.step(closure(resumed, step))
-    for mine, theirs in ((bits(resumed), bits(straight)), (kept(resumed), kept(straight))):
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], value) for name, value in theirs.items())
-
-
-@each
-@pytest.mark.parametrize(
-    ("dtype", "rounding"),
-    [(torch.float32, "nearest"), (torch.bfloat16, "nearest"), (torch.bfloat16, "stochastic")],
-)
-def test_a_log_makes_the_same_weights_and_state(
-    kind: str, settings: dict[str, Any], dtype: torch.dtype, rounding: str
-) -> None:
-    """From what JSON keeps of the parameters and of the steps, in an engine that was made with other parameters."""
-    other = made(dtype, kind, **settings, rounding=rounding)
-    settings = {**settings, "lr": 1e-3, "directions": 2, "rounding": rounding}
-    straight = made(dtype, kind, **settings)
-    params = resolve(kind).Config(**settings).model_dump(mode="json")
-    lines = []
-    for step in range(5):
-        straight.step(closure(straight, step))
-        lines.append(json.dumps(straight.record))
-    start = Start(0, kind, json.loads(json.dumps(params)), {}, (), "", straight.dtype)
-    other.replay((start, json.loads(line)) for line in lines)
-    for mine, theirs in ((bits(other), bits(straight)), (kept(other), kept(straight))):
-        assert all(torch.equal(mine[name], value) for name, value in theirs.items())
+# -- what is particular to some --------------------------------------------------------------------------------------
 
 
 def test_parameters_of_a_log_that_a_method_does_not_know() -> None:
@@ -270,112 +211,6 @@ def test_parameters_of_a_log_that_a_method_does_not_know() -> None:
     start = Start(0, "mezo", {"lr": 1.0, "new": 3}, {}, (), "", "float32")
     with pytest.raises(RunError, match="parameters of the log are not those of this method"):
         engine.replay([(start, {"step": 1, "lr": 0.1, "measures": [[0.5]]})])
-
-
-@each
-def test_absurd_slopes_are_skipped_and_large_ones_cut(kind: str, settings: dict[str, Any]) -> None:
-    engine = made(torch.float32, kind, **settings, lr=1e-3, skip_slope=1e4, max_slope=1.0)
-    engine.step(closure(engine, 0))
-    before = bits(engine)
-    plain = closure(engine, 1)
-    engine.step(lambda: plain() * torch.tensor([1e7, 1.0]))
-    assert engine.health()["skipped_steps"] == 1
-    assert all(torch.equal(value, before[name]) for name, value in bits(engine).items())
-    engine.step(lambda: plain() * torch.tensor([10.0, 1.0]))
-    assert engine.health()["skipped_steps"] == 1
-    assert engine.health()["slope"] <= 1.0
-
-
-@each
-def test_a_step_does_not_depend_on_how_the_weights_are_cut(
-    kind: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit by bit, for pieces that are cut anywhere, and parts of them that begin anywhere."""
-    monkeypatch.setattr(_spsa, "CHUNK", 256)
-    module, numel = resolve(kind), 1500
-    whole = torch.randn(numel, generator=torch.Generator().manual_seed(0))
-    found = []
-    for cuts in ([0, numel], [0, 37, 801, numel]):
-        out = [torch.empty(0), torch.empty(0)]
-        for first, end in pairwise(cuts):
-            method = module.Method(module.Config(**settings, directions=2, lr=1e-3))
-            piece = Piece("w", first, whole[first:end].clone(), True)
-            method.attach([piece])
-            shown = torch.empty(end - first, dtype=torch.bfloat16)
-            for step in range(4):
-                measures = torch.tensor([[0.7, 2.0], [-1.3, 5.0]], dtype=torch.float64)
-                method.update([piece], measures, step, 1e-2)
-            write = method.write(Probe(1, 1e-3), 4)
-            assert write is not None
-            write("w", first, piece.base, shown)
-            out = [torch.cat([out[0], piece.base]), torch.cat([out[1], shown.float()])]
-        found.append(out)
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
-        assert not torch.equal(one, whole)
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest storage that an operation makes."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.most, self.known = 0, {tensor.untyped_storage().data_ptr() for tensor in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
-                self.most = max(self.most, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return out
-
-
-@each
-def test_nothing_of_the_size_of_a_parameter_is_made(
-    kind: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_spsa, "CHUNK", 256)
-    module = resolve(kind)
-    method = module.Method(module.Config(**settings, directions=2))
-    piece, out = Piece("w", 0, torch.randn(4096), True), torch.empty(4096, dtype=torch.bfloat16)
-    method.attach([piece])
-    measures, write = torch.ones(2, 2, dtype=torch.float64), method.write(Probe(0, 1e-3), 0)
-    assert write is not None
-    with Largest([piece.base, out, *method.state["w"].values()]) as seen:
-        method.update([piece], measures, 0, 1e-3)
-        write("w", 0, piece.base, out)
-    assert 0 < seen.most <= 256
-
-
-# -- what must not go wrong -----------------------------------------------------------------------------------------
-
-
-@each
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_slopes_of_zero_move_nothing(kind: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
-    engine = made(dtype, kind, **settings, lr=1e-2)
-    before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
-    for step in range(6):
-        plain = closure(engine, step)
-        engine.step(lambda plain=plain: plain() * 0 + torch.tensor([3.0, 1.0]))
-    assert engine.health()["skipped_steps"] == 0
-    assert all(torch.equal(p, before[name]) for name, p in engine.module.named_parameters())
-    assert all(value.isfinite().all() for value in kept(engine).values())
-
-
-@each
-def test_losses_that_no_state_could_take_in_are_skipped(kind: str, settings: dict[str, Any]) -> None:
-    engine = made(torch.float32, kind, **settings, lr=1e-3)
-    engine.step(closure(engine, 0))
-    before, state = bits(engine), {name: value.clone() for name, value in kept(engine).items()}
-    for scale in (float("nan"), 1e30):
-        plain = closure(engine, 1)
-        engine.step(lambda plain=plain, scale=scale: plain() * torch.tensor([scale, 1.0]))
-    assert engine.health()["skipped_steps"] == 2
-    assert all(torch.equal(value, before[name]) for name, value in bits(engine).items())
-    assert all(torch.equal(value, state[name]) for name, value in kept(engine).items())
-    engine.step(closure(engine, 1))
-    assert all(p.isfinite().all() for p in engine.module.parameters())
 
 
 @each
