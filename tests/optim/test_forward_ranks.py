@@ -1,4 +1,4 @@
-"""Methods that need only losses, on two and four ranks: replicas, FSDP2 and ZeRO-3."""
+"""Methods that need only losses, on two ranks (four and eight with --slow): replicas, FSDP2 and ZeRO-3."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ SCENARIOS = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=[2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (4, 8))]
+)
 def lines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> scenarios.Found:
     """All scenarios, run once in one process group."""
     out = tmp_path_factory.mktemp("forward") / "out.jsonl"
