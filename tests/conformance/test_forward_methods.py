@@ -7,7 +7,6 @@ equations of a method in `tests/optim`.
 from __future__ import annotations
 
 import json
-import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from dsso.optim import _spsa, resolve
 from dsso.optim._probes import Piece, Probe
 from dsso.recipe import load_recipe
 from dsso.seedlog import Start
+from tests.conformance import pages
 from tests.conformance.forward_methods import CASES, METHODS, required
 from tests.house.files import ROOT
 from tests.optim.forward import CPU, bits, closure, kept, made
@@ -297,17 +297,7 @@ def test_settings_that_are_refused(kind: str) -> None:
 
 @every_method
 def test_it_is_documented_and_has_recipes(kind: str) -> None:
+    pages.check(kind)
     name = kind.lower()
-    page = ROOT / "docs" / "methods" / f"{name}.md"
-    assert page.is_file()
-    text = page.read_text()
-    assert "$$" in text, "its formulas"
-    assert re.search(r"^## (Deviations|What had to be interpreted)", text, re.M)
-    assert re.search(r"^Sources?: ", text, re.M)
-    assert f"methods/{name}\n" in (ROOT / "docs" / "index.md").read_text()
-    types = [
-        json.loads(file.read_text())["optimizer"]["type"].upper() for file in ROOT.glob("configs/*.json")
-    ]
-    assert kind in types
     told = [file for file in (ROOT / "tests" / "optim").glob("test_*.py") if f'"{name}"' in file.read_text()]
     assert told or (ROOT / "tests" / "optim" / f"test_{name}.py").is_file(), "its equations"

@@ -7,7 +7,6 @@ That the step does not depend on engine, stage, number of ranks, accumulation an
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from dsso.errors import RecipeError
 from dsso.optim import resolve
 from dsso.optim.base import GradientMethod
 from dsso.recipe import load_recipe
+from tests.conformance import pages
 from tests.conformance.methods import METHODS, interval_fields, made, net, settings, step, weights
 from tests.house.files import ROOT
 from tests.plan.cases import on_meta, other, planned, recipe
@@ -196,16 +196,6 @@ def test_settings_that_are_refused(kind: str) -> None:
 
 @every_method
 def test_it_is_documented_and_has_recipes(kind: str) -> None:
+    pages.check(kind)
     name = kind.lower()
-    page = ROOT / "docs" / "methods" / f"{name}.md"
-    assert page.is_file()
-    text = page.read_text()
-    assert "$$" in text, "its formulas"
-    assert "Deviations" in text
-    assert re.search(r"^(## Sources|Sources:)", text, re.M)
-    assert f"methods/{name}" in (ROOT / "docs" / "index.md").read_text()
-    types = [
-        json.loads(file.read_text())["optimizer"]["type"].upper() for file in ROOT.glob("configs/*.json")
-    ]
-    assert kind in types
     assert list(ROOT.glob(f"tests/optim/test_{name}*.py")), "its equations"
