@@ -26,7 +26,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -121,15 +121,10 @@ def train(case: Case, pairs: pair_features.Pairs) -> dict[str, Any]:
     with torch.no_grad():
         for split in pair_features.SPLITS:
             out, label = network(pairs.features[split]), pairs.labels[split]
-            found[f"{split}_loss"] = finite(float(pairs.loss(out, label)))
+            found[f"{split}_loss"] = results_file.finite(float(pairs.loss(out, label)))
             found[f"{split}_score"] = pairs.score(out, label)
     engine.close()
     return found
-
-
-def finite(value: float) -> float | None:
-    """The value, None where it is no finite number: JSON has no others."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def job(case: Case, cache: Path) -> dict[str, Any]:
@@ -181,9 +176,9 @@ class Runs:
             for key, case in missing.items():
                 self._keep(key, job(case, cache))
         else:
-            started = {key: self.pool.submit(job, case, cache) for key, case in missing.items()}
-            for key, future in started.items():
-                self._keep(key, future.result())
+            started = {self.pool.submit(job, case, cache): key for key, case in missing.items()}
+            for future in as_completed(started):
+                self._keep(started[future], future.result())
         return [self.found[key] for key in keys]
 
     def _keep(self, key: str, line: dict[str, Any]) -> None:
@@ -261,24 +256,8 @@ def draw(cells: Sequence[dict[str, Any]], file: Path) -> None:
             for axis, key, title in zip(
                 pair, ("train_loss", "test_score"), ("training loss", "test score"), strict=True
             ):
-                for index, method in enumerate(METHODS):
-                    own = [one for one in cells if (one["task"], one["method"]) == (task, method)]
-                    seeds = [one[key]["values"] for one in own]
-                    middle = [fmean(values) for values in seeds]
-                    below = [m - min(values) for m, values in zip(middle, seeds, strict=True)]
-                    above = [max(values) - m for m, values in zip(middle, seeds, strict=True)]
-                    # side by side, so that bars of equal height do not hide each other
-                    place = [batches.index(one["batch"]) + 0.08 * (index - 1) for one in own]
-                    axis.errorbar(
-                        place,
-                        middle,
-                        [below, above],
-                        label=method,
-                        color=COLOURS[index],
-                        linestyle=STYLES[index],
-                        marker="os^"[index],
-                        capsize=3,
-                    )
+                for index in range(len(METHODS)):
+                    _course(axis, cells, task, key, index, batches)
                 axis.set_title(f"{task}: {title}", loc="left", fontsize=9.5)
                 axis.set_xticks(range(len(batches)), [words(batch) for batch in batches])
                 axis.set_xlabel("examples a step")
@@ -289,13 +268,29 @@ def draw(cells: Sequence[dict[str, Any]], file: Path) -> None:
         figure.savefig(file)
 
 
+def _course(
+    axis: Any, cells: Sequence[dict[str, Any]], task: str, key: str, index: int, batches: list[int]
+) -> None:
+    """A method's means over the batches, the ranges of its seeds as bars."""
+    method = list(METHODS)[index]
+    own = [one for one in cells if (one["task"], one["method"]) == (task, method)]
+    seeds = [one[key]["values"] for one in own]
+    middle = [fmean(values) for values in seeds]
+    below = [m - min(values) for m, values in zip(middle, seeds, strict=True)]
+    above = [max(values) - m for m, values in zip(middle, seeds, strict=True)]
+    # side by side, so that bars of equal height do not hide each other
+    place = [batches.index(one["batch"]) + 0.08 * (index - 1) for one in own]
+    look = {"color": COLOURS[index], "linestyle": STYLES[index], "marker": "os^"[index]}
+    axis.errorbar(place, middle, [below, above], label=method, capsize=3, **look)
+
+
 def summary(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """By task and batch: training loss and test score of each method, means over the seeds."""
     found: dict[str, Any] = {}
     for one in cells:
         place = found.setdefault(f"{one['task']}/{words(one['batch'])}", {})
         place[one["method"]] = {
-            "train_loss": finite(fmean(one["train_loss"]["values"])),
+            "train_loss": results_file.finite(fmean(one["train_loss"]["values"])),
             "test_score": round(fmean(one["test_score"]["values"]), 4),
         }
     return found

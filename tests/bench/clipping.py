@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -145,12 +144,12 @@ def window(case: Case, engine: Any, data: Any, step: int) -> dict[str, float | N
     engine.step()
     health = engine.health()
     return {
-        "loss": finite(loss.item()),
-        "update_norm": finite(health["update_norm"]),
-        "grad_norm": finite(health["grad_norm"]),
-        "step_length": finite(lr * health["clip_scale"] * health["update_norm"]),
+        "loss": results_file.finite(loss.item()),
+        "update_norm": results_file.finite(health["update_norm"]),
+        "grad_norm": results_file.finite(health["grad_norm"]),
+        "step_length": results_file.finite(lr * health["clip_scale"] * health["update_norm"]),
         "clipped": float(health["clip_scale"] < 1.0),
-        "cos": finite(health["cos_update_grad"]),
+        "cos": results_file.finite(health["cos_update_grad"]),
     }
 
 
@@ -172,11 +171,6 @@ def train(case: Case) -> dict[str, Any]:
         "torch": torch.__version__,
         "curves": {name: [line[name] for line in steps] for name in steps[0]},
     }
-
-
-def finite(value: float) -> float | None:
-    """The value to six digits, None where it is no finite number: JSON has no others."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def commit() -> str:

@@ -76,10 +76,8 @@ def load(task: str, model: str, cache: Path, limit: int | None = None) -> Pairs:
 
 def _embedded(name: str, model: str, limit: int | None) -> dict[str, object]:
     root = Path(__file__).resolve().parents[2]
-    settings = {"dsso.task.name": name, "dsso.model.name": model}
-    recipe = load_recipe(
-        root / "configs" / "kfac_minilm_mrpc_lora.json", [f"{k}={v}" for k, v in settings.items()]
-    )
+    written = root / "configs" / "kfac_minilm_mrpc_lora.json"
+    recipe = load_recipe(written, [f"dsso.task.name={name}", f"dsso.model.name={model}"])
     task = tasks.load_task(recipe.dsso.task, 0)
     bundle = tasks.models.load(recipe.dsso.model, task, recipe.dsso.task)
     encoder = bundle.model.base_model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,8 @@ def append(path: Path, line: dict[str, Any]) -> None:
     cut = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
     with path.open("a", encoding="utf-8") as file:
         file.write(("\n" if cut else "") + json.dumps(line) + "\n")
+
+
+def finite(value: float) -> float | None:
+    """The value to six digits, None where it is no finite number: JSON has no others."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -26,8 +26,10 @@ from dsso.recipe import load_recipe
 from dsso.seedlog import Start
 from tests.conformance import pages
 from tests.conformance.forward_methods import CASES, METHODS, required
+from tests.conformance.methods import batch, net
 from tests.house.files import ROOT
 from tests.optim.forward import CPU, bits, closure, kept, made
+from tests.optim.forward_ranks import closure as share
 from tests.plan.cases import forward, on_meta, planned, recipe
 
 every_method = pytest.mark.parametrize("kind", METHODS)
@@ -203,25 +205,13 @@ def test_absurd_slopes_are_skipped_and_large_ones_cut(kind: str, given: Given) -
 @every_variant
 def test_micro_batches_are_one_batch(kind: str, given: Given) -> None:
     """Sums and counts of losses travel: how a batch is cut has a say in their last digits only."""
-    one, four = (made(torch.float32, kind, **given, lr=1e-3) for _ in range(2))
+    one, eight, untouched = (made(torch.float32, kind, **given, lr=1e-3) for _ in range(3))
     for step in range(4):
-        whole, generator = closure(one, step), torch.Generator().manual_seed(step)
-        ids = torch.randint(11, (4, 5), generator=generator)
-        targets = ids.roll(1)
-
-        def in_parts(ids: Tensor = ids, targets: Tensor = targets) -> Tensor:
-            total = torch.zeros(2, dtype=torch.float64)
-            for part, target in zip(ids.split(1), targets.split(1), strict=True):
-                logits = four(part).double().flatten(0, 1)
-                total[0] += nn.functional.cross_entropy(logits, target.flatten(), reduction="sum")
-                total[1] += target.numel()
-            return total
-
-        torch.testing.assert_close(one.step(whole), four.step(in_parts), rtol=1e-6, atol=0)
+        whole, in_parts = share(one, step, 1, 0, together=8), share(eight, step, 1, 0, together=1)
+        torch.testing.assert_close(one.step(whole), eight.step(in_parts), rtol=1e-6, atol=0)
     moved = 0.0
-    other = made(torch.float32, kind, **given)
     for mine, theirs, first in zip(
-        one.module.parameters(), four.module.parameters(), other.module.parameters(), strict=True
+        *(engine.module.parameters() for engine in (one, eight, untouched)), strict=True
     ):
         length = float((mine.detach() - first.detach()).norm())
         moved = max(moved, length)
@@ -229,39 +219,25 @@ def test_micro_batches_are_one_batch(kind: str, given: Given) -> None:
     assert moved > 0
 
 
-class Parts(nn.Module):
-    """A layer that no pass goes through, a frozen one, and two that share a weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.tied = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
-        self.tied.weight = self.two.weight
-        self.frozen, self.unused = nn.Linear(6, 6), nn.Linear(4, 4)
-        self.frozen.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.tied(torch.tanh(self.frozen(torch.tanh(self.two(torch.tanh(self.one(x)))))))
-
-
 @every_variant
 def test_frozen_unused_and_tied(kind: str, given: Given) -> None:
     """What is frozen or met by no pass stays, and is told; what is tied moves once."""
-    torch.manual_seed(0)
-    net = Parts()
+    model = net()
     config = resolve(kind).Config(**{**given, "lr": 1e-3})
-    engine = ForwardEngine(net, make_forward_optimizer(net, kind, config), CPU, 1, 4)
+    engine = ForwardEngine(model, make_forward_optimizer(model, kind, config), CPU, 1, 4)
     before = bits(engine)
-    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    x, y = batch(1, torch.float32)
 
     def evaluate() -> Tensor:
-        return torch.stack([engine(x).square().sum(), torch.tensor(8.0)])
+        loss = nn.functional.cross_entropy(engine(x), y, reduction="sum")
+        return torch.stack([loss, torch.tensor(float(len(y)))])
 
     with pytest.warns(UserWarning, match=r"2 trained parameter\(s\) stay as they are.*unused\.bias"):
         for _ in range(3):
             engine.step(evaluate)
     moved = {name for name, value in bits(engine).items() if not torch.equal(value, before[name])}
-    assert moved == {"one.weight", "one.bias", "two.weight", "two.bias"}
-    assert net.tied.weight is net.two.weight
+    assert moved == {name for name in before if not name.startswith(("frozen", "unused"))}
+    assert model.tied.weight is model.two.weight
     assert set(engine.left) == {"unused.weight", "unused.bias"}
     assert {row["parameter"] for row in engine.table()} == moved | set(engine.left)
 
@@ -271,9 +247,9 @@ def test_frozen_unused_and_tied(kind: str, given: Given) -> None:
 def test_the_plan_counts_its_state(kind: str, world_size: int) -> None:
     raw = forward(kind, recipe("ddp", model="tiny-t5"), **required(kind))
     written, found = load_recipe(raw), planned(raw, world_size)
-    net = on_meta(written).to_empty(device="cpu")
-    net.tie_weights()  # which moving from one device to another has untied
-    engine = ForwardEngine(net, make_forward_optimizer(net, kind, written.optimizer_config), CPU, 1, 4)
+    model = on_meta(written).to_empty(device="cpu")
+    model.tie_weights()  # which moving from one device to another has untied
+    engine = ForwardEngine(model, make_forward_optimizer(model, kind, written.optimizer_config), CPU, 1, 4)
     held = sum(value.numel() * value.element_size() for value in kept(engine).values())
     assert [rank.moments for rank in found.ranks] == [held] * world_size
 
