@@ -276,8 +276,9 @@ def _course(
     own = [one for one in cells if (one["task"], one["method"]) == (task, method)]
     seeds = [one[key]["values"] for one in own]
     middle = [fmean(values) for values in seeds]
-    below = [m - min(values) for m, values in zip(middle, seeds, strict=True)]
-    above = [max(values) - m for m, values in zip(middle, seeds, strict=True)]
+    # the mean of equal values may be above them by a rounding
+    below = [max(0.0, m - min(values)) for m, values in zip(middle, seeds, strict=True)]
+    above = [max(0.0, max(values) - m) for m, values in zip(middle, seeds, strict=True)]
     # side by side, so that bars of equal height do not hide each other
     place = [batches.index(one["batch"]) + 0.08 * (index - 1) for one in own]
     look = {"color": COLOURS[index], "linestyle": STYLES[index], "marker": "os^"[index]}

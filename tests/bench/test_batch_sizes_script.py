@@ -76,6 +76,13 @@ def test_the_script_runs_and_goes_on_where_it_was_stopped(command, tmp_path, cap
     assert results_file.read(file)[-1] == lines[-1]
 
 
+def test_seeds_that_agree_are_drawn(tmp_path):
+    equal = {"lr": 1e-3, "inside": True, "values": [0.74, 0.74, 0.74]}
+    one = {"task": "mrpc", "batch": 8, "steps": 1, "train_loss": equal, "test_score": equal}
+    batch_sizes.draw([{**one, "method": method} for method in batch_sizes.METHODS], tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5000
+
+
 def test_the_script_skips_without_data(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("DSSO_DATA", raising=False)
     assert batch_sizes.main(["--out", str(tmp_path)]) == {}
