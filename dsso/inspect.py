@@ -22,6 +22,7 @@ from dsso.checkpoint import Checkpoint, Skipped
 from dsso.diagnostics import jsonable
 from dsso.engines.portable import DESCRIPTION, DIRECTORY, describe
 from dsso.errors import DssoError, RecipeError, RunError
+from dsso.optim import _block_figures
 from dsso.optim._figures import factor_keys, figures
 from dsso.optim._partition import merge_extra_states
 
@@ -38,7 +39,8 @@ def inspect(path: Path, quick: bool = False, largest_side: int = LARGEST_SIDE) -
         largest_side: eigenvalues of factors up to this side are computed.
 
     Returns:
-        The description (step, ranks, engine, sizes …), `factors`, a dict each, and `skipped`, what cannot be used.
+        The description (step, ranks, engine, sizes …), `factors`, a dict for each Kronecker factor or side of a block,
+        and `skipped`, what cannot be used.
 
     Raises:
         RecipeError: no checkpoint is there.
@@ -108,25 +110,31 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def _factors(folder: Path, state: dict[str, Any], largest_side: int) -> list[dict[str, Any]]:
-    """One dict a factor, in the order of their names."""
+    """One dict a Kronecker factor or side of a block, in the order of their names."""
     owned = {} if state["method"] is None else state["method"]["owned"]
     out = []
     files = sorted(folder.glob("method_rank*.safetensors"))
     for owner, file in enumerate(files):
         with safe_open(file, framework="pt", device="cpu") as archive:
             names = dict.fromkeys(archive.keys())
+            holders = {key: key for key in factor_keys(names)} | _block_figures.side_keys(names)
             # eigenvalues take minutes where factors are wide; disable=None shows a bar on a terminal only
             title = f"rank {owner + 1} of {len(files)}"
-            for key in tqdm(factor_keys(names), desc=title, unit="factor", leave=False, disable=None):
+            for key, holder in tqdm(holders.items(), desc=title, unit="factor", leave=False, disable=None):
                 # one at a time: all of them may be larger than the memory
-                mine = {n: archive.get_tensor(n) for n in names if n.startswith(f"{key}/")}
-                told = owned.get(key, {})
+                told = owned.get(holder, {})
+                if holder == key:
+                    mine = {n: archive.get_tensor(n) for n in names if n.startswith(f"{key}/")}
+                    found = figures(key, mine, largest_side)
+                else:
+                    mine = {n: archive.get_tensor(n) for n in _block_figures.names_of(key, names)}
+                    found = _block_figures.figures(key, mine, bool(told.get("usable")), largest_side)
                 refreshed = told.get("refreshed_at")
                 out.append(
                     {
                         "factor": key,
                         "owner": owner,
-                        **asdict(figures(key, mine, largest_side)),
+                        **asdict(found),
                         "age": None if refreshed is None else state["steps"] - 1 - refreshed,
                         "failed": bool(told.get("failed")),
                         "attempt": int(told.get("attempt", 0)),

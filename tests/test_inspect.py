@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from dsso.optim._figures import figures
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 4
+BLOCKS = ("SHAMPOO", "SOAP", "PSGD")
+MATRIX = re.compile(r"/(root|basis|factor)\d+$")
 Capture = pytest.CaptureFixture[str]
 
 
@@ -34,7 +37,8 @@ def trained(kind: str = "KFAC", **settings: Any) -> SingleEngine:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 3))
     cpu = torch.device("cpu")
-    config = resolve(kind).Config(factor_interval=1, inverse_interval=1, stagger=False, **settings)
+    intervals = ["refresh_interval"] if kind in BLOCKS else ["factor_interval", "inverse_interval"]
+    config = resolve(kind).Config(**dict.fromkeys(intervals, 1), stagger=False, **settings)
     engine = SingleEngine(model, make_optimizer(model, kind, config, cpu), cpu, 1, 8)
     for _ in range(STEPS):
         x, y = torch.randn(8, 20), torch.randint(3, (8,))
@@ -82,6 +86,52 @@ def check_figures(folder: Path, engine: SingleEngine) -> None:
     # 21 rows in three blocks
     wide = next(factor for factor in found["factors"] if factor["factor"] == "0/a")
     assert wide["sides"] == (7, 7, 7)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_figures_of_blocks(tmp_path: Path, kind: str, capsys: Capture) -> None:
+    engine = trained(kind, block_side=9)
+    engine.save_checkpoint(tmp_path, "mine", {})
+    found = {one["factor"]: one for one in inspect(tmp_path / "mine")["factors"]}
+    kept = {name: tensor.double() for name, tensor in engine.optimizer.method.state_tensors().items()}  # type: ignore[union-attr]
+    # 12 x 20 in two times three blocks, 3 x 12 in two; both sides of each, but for PSGD's long and narrow
+    expected = {re.sub(r"(root|basis|factor)(?=\d+$)", "", name) for name in kept if MATRIX.search(name)}
+    assert set(found) == expected
+    assert len(found) == 16
+    for key, told in found.items():
+        block, _, dim = key.rpartition("/")
+        if kind == "PSGD":
+            average = acting = kept[f"{block}/factor{dim}"].mT @ kept[f"{block}/factor{dim}"]
+        else:
+            lower = kept[f"{block}/sum{dim}"].tril()
+            average = lower + lower.tril(-1).mT
+            acting = kept[f"{block}/root{dim}"] if kind == "SHAMPOO" else average
+        values = torch.linalg.svdvals(average)
+        assert told["sides"] == (len(average),)
+        assert told["mean"] == pytest.approx(float(values.mean()), rel=1e-6)
+        assert told["rank"] == int((values > 1e-6 * values.max()).sum())
+        if told["condition"] is not None:
+            assert told["condition"] == pytest.approx(float(torch.linalg.cond(acting)), rel=1e-3)
+        assert (told["owner"], told["age"], told["ready"], told["failed"]) == (0, 0, True, False)
+        own = [tensor for name, tensor in kept.items() if name.startswith(f"{block}/") and name.endswith(dim)]
+        assert told["bytes"] == sum(tensor.numel() * 4 for tensor in own)
+    # whatever is inverted has a condition number; a second moment of four gradients need not have one
+    assert kind == "SOAP" or all(told["condition"] is not None for told in found.values())
+    assert any(told["condition"] is not None for told in found.values())
+    assert main([str(tmp_path / "mine")]) == 0
+    assert "0.weight/0/1" in capsys.readouterr().out
+
+
+def test_blocks_without_a_preconditioner(tmp_path: Path, capsys: Capture) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    cpu = torch.device("cpu")
+    engine = SingleEngine(model, make_optimizer(model, "SHAMPOO", resolve("SHAMPOO").Config(), cpu), cpu, 1, 8)
+    engine.save_checkpoint(tmp_path, "mine", {})
+    assert main([str(tmp_path / "mine")]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weight/0/")]
+    assert len(rows) == 2
+    assert all(row.endswith("no factorization yet") for row in rows)
 
 
 def test_low_rank_forms_and_what_is_under_way(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ RANK_CUT = 1e-6
 
 @dataclass(frozen=True)
 class FactorFigures:
-    """What there is to know about one factor."""
+    """What there is to know about one factor, or one side of a block (`dsso.optim._block_figures`)."""
 
     kind: str
-    """`dense`, `low rank`, `eigenvectors` or, where blocks differ, several."""
+    """`dense`, `low rank`, `eigenvectors` or, where blocks differ, several; of a block's side what is kept of it."""
     sides: tuple[int, ...]
     """Of the blocks on the diagonal."""
     kept: int | None
