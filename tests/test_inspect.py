@@ -126,7 +126,9 @@ def test_blocks_without_a_preconditioner(tmp_path: Path, capsys: Capture) -> Non
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     cpu = torch.device("cpu")
-    engine = SingleEngine(model, make_optimizer(model, "SHAMPOO", resolve("SHAMPOO").Config(), cpu), cpu, 1, 8)
+    engine = SingleEngine(
+        model, make_optimizer(model, "SHAMPOO", resolve("SHAMPOO").Config(), cpu), cpu, 1, 8
+    )
     engine.save_checkpoint(tmp_path, "mine", {})
     assert main([str(tmp_path / "mine")]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weight/0/")]

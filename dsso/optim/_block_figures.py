@@ -23,7 +23,7 @@ _MATRIX = re.compile(rf"(.+)/({'|'.join(KINDS)})(\d+)")
 
 
 def side_keys(names: Mapping[str, object]) -> dict[str, str]:
-    """Sides among the names of a checkpoint's tensors: `BLOCK/NUMBER`, with the block that each is of, in their order."""
+    """Sides among the names of a checkpoint's tensors, `BLOCK/NUMBER`, with the block of each, in their order."""
     found = [match for match in map(_MATRIX.fullmatch, names) if match]
     return {f"{match[1]}/{match[3]}": match[1] for match in found}
 
