@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,15 @@ from dsso.errors import RunError
 Approximation = Literal["expand", "reduce"]
 
 
-class _Tap(torch.autograd.Function):
-    """Identity on a layer's output that hands the layer's input and output gradient to the capture."""
+class Absorbs(Protocol):
+    """What takes in the uses of layers."""
+
+    def absorb(self, index: int, x: Any, g: Any, mask: Tensor | None) -> None:
+        """Take in one use of a layer: its input, its output gradient and the padding mask, as far as asked for."""
+
+
+class Tap(torch.autograd.Function):
+    """Identity on a layer's output that hands the layer's input and output gradient to whoever absorbs them."""
 
     @staticmethod
     def forward(
@@ -46,10 +53,11 @@ class _Tap(torch.autograd.Function):
         out: Tensor,
         x: Tensor | None,
         mask: Tensor | None,
-        capture: Capture,
+        capture: Absorbs,
         index: int,
         take_g: bool,
     ) -> Tensor:
+        """The output as it is; the input is saved where it is wanted."""
         ctx.with_input = x is not None
         if x is not None:
             ctx.save_for_backward(x)
@@ -61,6 +69,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        """The gradient as it is, once it has been absorbed."""
         x = ctx.saved_tensors[0] if ctx.with_input else None
         ctx.capture.absorb(ctx.index, x, grads[0] if ctx.take_g else None, ctx.mask)
         return grads[0], None, None, None, None, None
@@ -174,7 +183,7 @@ class Capture:
                 # A sampled pass freezes the parameters: a layer with nothing trainable before it starts the graph.
                 out.requires_grad_(True)
             mask = self.masks.rows(self.layers[index].side, x)
-            tapped: Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
+            tapped: Tensor = Tap.apply(  # type: ignore[no-untyped-call]
                 out, x.detach() if take_a else None, mask, self, index, take_g
             )
             return tapped

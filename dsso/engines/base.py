@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsso.curvature.layer_blocks import LayerBlocks
 from dsso.curvature.masks import TokenMasks
 from dsso.engines import portable
 from dsso.errors import RunError
@@ -159,6 +160,14 @@ class EngineBase:
                 got="double_backward",
                 remedy="set it to 'difference'",
             )
+
+    @property
+    def layer_blocks(self) -> LayerBlocks:
+        """What measures the blocks of small layers, where the method has them formed."""
+        method = self.optimizer.method
+        assert isinstance(method, ElementwiseMethod)
+        assert method.layer_blocks is not None
+        return method.layer_blocks
 
     @property
     def wants_judgement(self) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsso.curvature.layer_blocks import LayerBlocks, root_column
 from dsso.curvature.products import (
     hessian_product,
     loss_curvature,
@@ -75,6 +76,8 @@ def run(engine: Any, batches: MicroBatches) -> None:
         make: Callable[[MicroBatch], Tensor] = _slope
         if kind == "sampled":
             make = _sampled
+        elif kind == "ggn_column":
+            make = _Column(engine.layer_blocks)
         elif kind != "gradient":
             bend = _BENDS[kind]
             twice = bend is None or engine.twice_differentiated
@@ -120,6 +123,18 @@ def _slope(batch: MicroBatch) -> Tensor:
 
 def _sampled(batch: MicroBatch) -> Tensor:
     return batch.sampled(batch.scores())
+
+
+class _Column:
+    """What pulls a column of a root of the losses' curvature back, <f(w), s>."""
+
+    def __init__(self, blocks: LayerBlocks) -> None:
+        self._blocks, self._column = blocks, blocks.done
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        f_NC = batch.scores()
+        self._blocks.see_scores(f_NC)
+        return (f_NC * root_column(batch.loss, f_NC, self._column).to(f_NC.dtype)).sum()
 
 
 class _Twice:

@@ -8,7 +8,7 @@ so that engines, plans and checkpoints treat it as they treat moments. Its curva
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from dsso.curvature.layer_blocks import LayerBlocks
 from dsso.errors import RecipeError, RunError
 from dsso.optim._gradient_config import GradientConfig
 from dsso.optim._rules import Rule
@@ -44,10 +45,20 @@ class ElementwiseConfig(GradientConfig):
         """How products with curvature are made; None where there are none."""
         return None
 
+    def whole_bytes(self, model: nn.Module, taken: Collection[str]) -> int:
+        """Of matrices that every rank keeps whole through windows of estimation; there is a second copy in the step.
 
-Estimate = Literal["sampled", "gradient", "gradient_pair", "hessian", "ggn", "ggn_sampled"]
+        Args:
+            model: the unwrapped model, which may be on the meta device.
+            taken: names of the parameters that the method takes.
+        """
+        return 0
+
+
+Estimate = Literal["sampled", "gradient", "gradient_pair", "hessian", "ggn", "ggn_sampled", "ggn_column"]
 """What a window of estimation is to come to: the gradient at sampled labels; the gradient; gradients at the two weights
-that are displaced along the method's direction; the Hessian, or the Gauss-Newton matrix, times that direction."""
+that are displaced along the method's direction; the Hessian, or the Gauss-Newton matrix, times that direction; what a
+column of a root of the losses' curvature is pulled back to."""
 State = Mapping[str, Tensor]
 """What a method keeps of a piece, by name."""
 
@@ -110,9 +121,11 @@ class ElementwiseMethod(GradientMethod):
         difference: length of the displacement that products are taken at, over 1 + the length of the weights.
         displacement: what the direction was multiplied by when weights were displaced last, a scalar.
         device: where figures are made.
+        layer_blocks: measures blocks of the Gauss-Newton matrix; None where none are wanted.
     """
 
     taken: frozenset[str]
+    layer_blocks: LayerBlocks | None = None
     products: Products = "difference"
     difference: float = 1e-3
 
@@ -161,7 +174,7 @@ class ElementwiseMethod(GradientMethod):
 
     @abstractmethod
     def estimate(
-        self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor, weight: float
+        self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor, pieces: Pieces
     ) -> None:
         """Take in the averaged gradient of a window of estimation; collective.
 
@@ -169,7 +182,7 @@ class ElementwiseMethod(GradientMethod):
             gradients: of this rank's pieces.
             states: what is kept of them.
             take: boolean scalar, the same on all ranks: false leaves everything as it is.
-            weight: of this rank in sums over all ranks; less than 1 where several hold the same pieces.
+            pieces: those of this rank; their `weight` is that of its sums in sums over all ranks.
         """
 
     @abstractmethod
@@ -227,7 +240,7 @@ class Pieces:
         buffers: the weights.
         states: of the buffers.
         kept: names of what the method keeps.
-        weight: of this rank in sums over all ranks.
+        weight: of this rank in sums over all ranks; less than 1 where several hold the same pieces.
         table: the layout of all ranks.
     """
 
@@ -245,7 +258,7 @@ class Pieces:
         self.method = method
         self.weight = weight
         self._table, self._buffers = table, [buffer.detach() for buffer in buffers]
-        self._exchange: FragmentExchange | None = None
+        self._exchanges: dict[frozenset[str], FragmentExchange] = {}
         self._view = view
         self._places = list(places)
         self._weights = self._of(self._buffers)
@@ -275,6 +288,14 @@ class Pieces:
     def _zeros(self) -> list[Tensor]:
         return [torch.zeros_like(flat, requires_grad=False).view(-1) for flat in self._buffers]
 
+    def _everywhere(self, names: frozenset[str]) -> FragmentExchange:
+        """Brings those parameters to all ranks, whole."""
+        if names not in self._exchanges:
+            everyone = range(collectives.world_size())
+            workers = {name: everyone for name in self._table.sizes if name in names}
+            self._exchanges[names] = FragmentExchange(self._table, workers, collectives.rank())
+        return self._exchanges[names]
+
     def whole_direction(self, step: int) -> dict[str, Tensor]:
         """The method's direction, flat, by parameter, whole on every rank; collective.
 
@@ -284,11 +305,31 @@ class Pieces:
         out = self._zeros()
         for view, piece in zip(self._of(out), self.method.direction(self, step), strict=True):
             view.copy_(piece)
-        if self._exchange is None:
-            everyone = range(collectives.world_size())
-            workers = {name: everyone for name in self._table.sizes if name in self.method.taken}
-            self._exchange = FragmentExchange(self._table, workers, collectives.rank())
-        return self._exchange.gather(out)
+        return self._everywhere(self.method.taken).gather(out)
+
+    def mapped(
+        self,
+        vector: Sequence[Tensor],
+        names: frozenset[str],
+        act: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        rest: Tensor,
+    ) -> list[Tensor]:
+        """Pieces of what becomes of a vector, some of whose parts are mapped whole; collective.
+
+        Args:
+            vector: in pieces.
+            names: parameters that are mapped whole, the same on all ranks.
+            act: makes new flat values of their flat values.
+            rest: scalar that all others are multiplied by.
+        """
+        out = self._zeros()
+        for view, piece in zip(self._of(out), vector, strict=True):
+            view.copy_(piece)
+        exchange = self._everywhere(names)
+        mapped = act(exchange.gather(out))
+        torch._foreach_mul_(out, rest)
+        exchange.scatter(mapped, out)
+        return self._of(out)
 
     @contextmanager
     def displaced(self, sign: float, step: int) -> Iterator[None]:
@@ -327,7 +368,7 @@ class Pieces:
         finite = torch.stack([torch.isfinite(view.square().sum()) for view in views]) if views else None
         bad = gradients[0].new_zeros(1) if finite is None else (~finite.all()).to(torch.float32).reshape(1)
         take = collectives.all_sum(bad)[0] == 0
-        self.method.estimate(views, self._states, take, self.weight)
+        self.method.estimate(views, self._states, take, self)
 
     def act(self, gradients: Sequence[Tensor], take: Tensor, warmup: float | None) -> Tensor:
         """Write the updates into the gradients; this rank's part of ||u||^2, <u, g> and ||g||^2, [3].

@@ -2,29 +2,38 @@
 
     g        gradient of the batch
     G p      a window of the same batch for each product, see `dsso.engines.estimates`
-    lambda   `damping`, by default times g^T G g / g^T g, the curvature along the gradient
+    lambda   `damping`, by default times c = g^T G g / g^T g, the curvature along the gradient
     u        after `iterations` products, or when ||g - (G + lambda I) u|| <= `tolerance` ||g||
+    M        preconditioner: G_layer + lambda I on layers whose block of G is formed, (c + lambda) I elsewhere
 
 Nothing of G is kept from one step to the next: the batch has to be large enough to be worth its own curvature. Vectors
 lie in pieces beside the weights, sharded as they are. With `curvature: sampled` G is that of one draw of labels from
 the model for each step, as cheap and less exact; where losses are cross entropies or squares its mean is the true
 Fisher matrix, and equals G.
 
-Sources: Schraudolph 2002; Martens 2010, *Deep learning via Hessian-free optimization*. Deviations: damping relative to
-the curvature along the gradient; no backtracking over iterates, no line search (`clip` and `tau` bound the step as for
-all methods); no preconditioner; no warm start.
+Blocks are formed without approximation, in passes of their own (`dsso.curvature.layer_blocks`), and kept whole on every
+rank while a step is solved for, so they are for layers of few parameters: heads, narrow adapters.
+
+Sources: Schraudolph 2002; Martens 2010, *Deep learning via Hessian-free optimization*, whose preconditioner is a
+diagonal. Deviations: damping relative to the curvature along the gradient; no backtracking over iterates, no line
+search (`clip` and `tau` bound the step as for all methods); blocks of small layers, or nothing, for a preconditioner;
+no warm start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dsso.linalg.cg import ConjugateGradients
+from dsso.curvature.layer_blocks import LayerBlocks, size, small_layers
+from dsso.curvature.layers import KroneckerLayer
+from dsso.errors import RecipeError
+from dsso.linalg.cg import ConjugateGradients, Precondition
 from dsso.optim._elementwise import (
     ElementwiseConfig,
     ElementwiseMethod,
@@ -70,10 +79,29 @@ class Config(ElementwiseConfig):
     difference: float = Field(default=1e-3, gt=0, le=0.1)
     """Length of the displacement over 1 + the length of all weights that are taken."""
 
+    block_parameters: int | None = Field(default=None, ge=1, le=16384)
+    """Linear layers with at most so many trained parameters have their block of G formed, in as many passes as a loss
+    term has scores, and its damped inverse preconditions the solve; for tasks with one loss term an example. A block
+    takes 8 bytes times the square of its parameters on every rank. null: none."""
+
     @property
     def working(self) -> int:
-        """Residual and direction."""
-        return 2
+        """Residual and direction; what the preconditioner makes of the residual."""
+        return 2 + (self.block_parameters is not None)
+
+    def preconditioned(self, model: nn.Module, taken: Collection[str]) -> tuple[KroneckerLayer, ...]:
+        """Layers whose block is formed.
+
+        Args:
+            model: the unwrapped model.
+            taken: names of the parameters that the method takes.
+        """
+        most = self.block_parameters
+        return () if most is None else small_layers(model, taken, most)
+
+    def whole_bytes(self, model: nn.Module, taken: Collection[str]) -> int:
+        """Of the blocks."""
+        return sum(4 * size(layer) ** 2 for layer in self.preconditioned(model, taken))
 
     @property
     def products_of_curvature(self) -> Products:
@@ -91,7 +119,8 @@ class Method(ElementwiseMethod):
         rank, world_size, example: not used: nothing has an owner and nothing is measured in modules.
 
     Raises:
-        RecipeError: a pattern of `exclude` is none, or everything is excluded.
+        RecipeError: a pattern of `exclude` is none, or everything is excluded, or no layer is small enough for the
+            blocks that are asked for.
     """
 
     def __init__(
@@ -106,26 +135,46 @@ class Method(ElementwiseMethod):
         super().__init__(config, model, device, "Gauss-Newton")
         self.config = config
         self.products, self.difference = config.products, config.difference
+        self._like = torch.zeros((), dtype=_precision(model), device=device)
+        self._layers = config.preconditioned(model, self.taken)
+        if config.block_parameters is not None:
+            if not self._layers:
+                raise RecipeError(
+                    "no linear layer is small enough for a block",
+                    where="optimizer.params.block_parameters",
+                    got=config.block_parameters,
+                    remedy="raise it, or set it to null",
+                )
+            self.layer_blocks = LayerBlocks(model, self._layers, self._like)
         self._solve: ConjugateGradients | None = None
         self._reached = Deferred()
         self._windows, self._of_step, self._ended = 0, -1, False
         self._last = torch.zeros(3, device=device)
+        self._unusable = torch.zeros((), device=device)
 
     # -- windows --------------------------------------------------------------------------------------------------
 
     def wants_estimate(self, step: int) -> Estimate | None:
-        """The gradient, then products with it and with what conjugate gradients make of them."""
+        """The gradient, then the blocks, then products with what conjugate gradients make of them."""
         if step < self.config.warmup_steps or (step == self._of_step and self._ended):
             return None
         if step != self._of_step or self._windows == 0:
             return "gradient"
+        if self.layer_blocks is not None and self.layer_blocks.measuring:
+            return "ggn_column"
         return "ggn" if self.config.curvature == "exact" else "ggn_sampled"
 
     def had_estimate(self, step: int) -> None:
         """Count it; the residual of the product before it decides whether it was the last."""
         if step != self._of_step:
             self._of_step, self._windows, self._ended = step, 0, False
+        blocks = self.layer_blocks
+        if blocks is not None and blocks.active:
+            blocks.end_window()
+            return
         self._windows += 1
+        if blocks is not None and self._windows == 1:
+            blocks.open()
         before = self._reached.pop()
         if self._solve is not None:
             self._reached.push(self._solve.reached.reshape(1))
@@ -146,16 +195,18 @@ class Method(ElementwiseMethod):
         return self._solve.direction
 
     def estimate(
-        self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor, weight: float
+        self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor, pieces: Pieces
     ) -> None:
-        """Begin a solve with a gradient, or go on with a product."""
+        """Begin a solve with a gradient, or go on with a product; what the blocks are made of is in the layers."""
+        if self.layer_blocks is not None and self.layer_blocks.active:
+            return
 
         def dot(pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> Tensor:
             sums = [
                 sum((torch.dot(a, b) for a, b in zip(one, two, strict=True)), take.new_zeros((), dtype=kind))
                 for one, two in pairs
             ]
-            return collectives.all_sum(torch.stack(sums) * weight)
+            return collectives.all_sum(torch.stack(sums) * pieces.weight)
 
         kind = gradients[0].dtype if gradients else torch.float32
         clean = [torch.where(take, g, torch.zeros_like(g)) for g in gradients]
@@ -169,17 +220,46 @@ class Method(ElementwiseMethod):
                 self.config.damping * self.damping_factor,
                 relative,
                 self.config.tolerance,
+                None if self.layer_blocks is None else partial(self._preconditioner, pieces),
             )
             return
         self._solve.feed(clean, take)
 
+    def _preconditioner(self, pieces: Pieces, shift: Tensor, level: Tensor) -> Precondition:
+        """M^-1; a block that has no Cholesky factor counts as (c + lambda) I."""
+        assert self.layer_blocks is not None
+        factors = []
+        for block_DD in self.layer_blocks.take():
+            block_DD.diagonal().add_(shift)
+            factors.append(torch.linalg.cholesky_ex(block_DD))
+        rest = 1 / (level + shift).clamp_min(torch.finfo(level.dtype).tiny)
+        good = [(failed == 0) & lower_DD.isfinite().all() for lower_DD, failed in factors]
+        self._unusable = torch.stack([~one for one in good]).sum()
+        names = frozenset(name for layer in self._layers for name in layer.parameters)
+
+        def solved(whole: dict[str, Tensor]) -> dict[str, Tensor]:
+            out: dict[str, Tensor] = {}
+            for layer, (lower_DD, _), usable in zip(self._layers, factors, good, strict=True):
+                parts = [whole[name] for name in layer.parameters]
+                r_D = torch.cat(parts)
+                z_D = torch.cholesky_solve(r_D.unsqueeze(1), lower_DD).squeeze(1)
+                z_D = torch.where(usable, z_D, r_D * rest)
+                out |= zip(layer.parameters, torch.split(z_D, [len(part) for part in parts]), strict=True)
+            return out
+
+        return lambda vector: pieces.mapped(vector, names, solved, rest)
+
     # -- a window -------------------------------------------------------------------------------------------------
 
     def begin_window(self, step: int, retry: bool) -> None:
-        """Nothing is measured in modules."""
+        """Have the blocks measured where the window is theirs."""
+        if self.layer_blocks is not None:
+            self.layer_blocks.active = self.wants_estimate(step) == "ggn_column"
 
     def before_backward(self, scale: float | Tensor, terms: float | Tensor, last: bool = False) -> None:
-        """Nothing is measured in modules."""
+        """Set the scale of what the blocks are made of."""
+        if self.layer_blocks is not None and self.layer_blocks.active:
+            self.layer_blocks.before_backward(scale, terms)
 
     def measured_badly(self) -> Tensor:
         """Nothing of its own: all ranks have to agree that the gradient is finite."""
@@ -201,10 +281,12 @@ class Method(ElementwiseMethod):
     def health(self) -> dict[str, float]:
         """Figures of the last solve.
 
-        Keys: `cg_iterations` that changed something, `cg_residual` over the gradient, `damping` as added to G.
+        Keys: `cg_iterations` that changed something, `cg_residual` over the gradient, `damping` as added to G; with
+        blocks, `unusable_blocks`, those that could not be factorized.
         """
         taken, reached, shift = self._last.tolist()
-        return {"cg_iterations": taken, "cg_residual": reached, "damping": shift}
+        out = {"cg_iterations": taken, "cg_residual": reached, "damping": shift}
+        return out if self.layer_blocks is None else out | {"unusable_blocks": float(self._unusable)}
 
     def counters(self) -> dict[str, Any]:
         """Figures of the last solve."""
@@ -213,3 +295,14 @@ class Method(ElementwiseMethod):
     def load_counters(self, counters: Mapping[str, Any]) -> None:
         """Take over what `counters` returned."""
         self._last = torch.tensor(counters["common"]["last"], device=self.device)
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        if self.layer_blocks is not None:
+            self.layer_blocks.remove()
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    """Of solves: single, or that of a model in double."""
+    doubles = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
+    return torch.float64 if doubles else torch.float32

@@ -168,13 +168,13 @@ class Method(ElementwiseMethod):
         return self._probe
 
     def estimate(
-        self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor, weight: float
+        self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor, pieces: Pieces
     ) -> None:
         """Take in one window: B q o q, or what the probe says of the Hessian."""
         if self.config.estimator == "gnb":
             terms = self._mean.new_zeros(1) + self._terms
             count = collectives.all_sum(terms)[0]
-            self._average([q.square() * count for q in gradients], states, take, weight)
+            self._average([q.square() * count for q in gradients], states, take, pieces.weight)
             return
         assert self._probe is not None
         if self.products == "double_backward":
@@ -187,7 +187,7 @@ class Method(ElementwiseMethod):
             products = [(one - two) * half for one, two in zip(self._first, gradients, strict=True)]
             take = take & self._good
         diagonal = [z * hz for z, hz in zip(self._probe, products, strict=True)]
-        self._average(diagonal, states, take, weight)
+        self._average(diagonal, states, take, pieces.weight)
         self._probe = self._first = None
 
     def _average(self, found: Sequence[Tensor], states: Sequence[State], take: Tensor, weight: float) -> None:

@@ -95,6 +95,7 @@ class Survey:
         encoder_decoder: inputs and targets are read by different layers.
         checkpointing: activations are recomputed in the backward pass.
         notes: what the user should know.
+        kept_whole: bytes of matrices that every rank keeps whole while a step is solved for.
     """
 
     weights: tuple[Weight, ...]
@@ -106,6 +107,7 @@ class Survey:
     checkpointing: bool
     notes: tuple[str, ...] = ()
     matrices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kept_whole: int = 0
 
     @property
     def trained(self) -> list[Weight]:
@@ -172,11 +174,13 @@ def survey(model: nn.Module, config: Any, example: Mapping[str, Any] | None = No
         _layers(model, config, example) if isinstance(config, KroneckerConfig) else ((), {}, ())
     )
     matrices: Mapping[str, tuple[int, ...]] = {}
+    kept_whole = 0
     if isinstance(config, MatrixConfig):
         chosen = take(model, config)
         matrices, rest = chosen.shapes, chosen.rest
     if isinstance(config, ElementwiseConfig):
-        rest = choose(model, config.exclude, "the method").rest
+        elementwise = choose(model, config.exclude, "the method")
+        rest, kept_whole = elementwise.rest, config.whole_bytes(model, elementwise.taken)
         notes = ("windows of estimation, one more forward and backward pass each, are in no figure",)
     return Survey(
         weights,
@@ -188,6 +192,7 @@ def survey(model: nn.Module, config: Any, example: Mapping[str, Any] | None = No
         any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         notes,
         matrices,
+        kept_whole,
     )
 
 

@@ -120,8 +120,9 @@ def _plan(
         lasting = share.weights + share.masters + state + factors
         measured = first.sums + first.buffers
         vectors = 4 * share.partition * (config.working if isinstance(config, ElementwiseConfig) else 0)
-        # What came out of a window is one more.
-        solving = vectors + 4 * share.partition if vectors else 0
+        vectors += seen.kept_whole
+        # What came out of a window is one more; blocks are copied once to be factorized.
+        solving = vectors + 4 * share.partition + seen.kept_whole if vectors else 0
         if getattr(config, "adaptive_damping", None) is not None:
             # The weights that a step began with; while it is judged there is a third copy, and no gradient any more.
             solving += 4 * share.partition

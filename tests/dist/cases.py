@@ -36,6 +36,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-full": ("tiny-llama", {"type": "none"}),
     "bert-adapter": ("tiny-bert", {"type": "adapter", "bottleneck": 8}),
 }
+ONE_TERM = ("roberta-full", "bert-adapter")
+"""Of those the ones with one loss term an example."""
 SHAPING = ("low_rank", "low_rank_above", "low_rank_energy", "block_side", "token_stride", "async_delay", "stagger",
            "adaptive_tau", "warmup_steps", "adaptive_damping")
 """Settings that the step itself depends on."""
@@ -78,6 +80,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "double": {"products": "double_backward"},
         "sampled": {"curvature": "sampled"},
         "sampled-double": {"curvature": "sampled", "products": "double_backward"},
+        "preconditioned": {"block_parameters": 1200, "iterations": 2, "damping": 0.01},
     },
     "SOPHIA": {
         "hutchinson": {"estimator": "hutchinson"},
@@ -185,7 +188,8 @@ def option_cases(world_size: int, engines: Sequence[str] = ENGINES) -> Iterator[
         turn = index + index // len(engines)
         # Reentrant checkpointing cannot be differentiated twice.
         checkpointing = "none" if twice or world_size > 2 else CHECKPOINTING[turn % 3]
-        model = list(MODELS)[turn % len(MODELS)]
+        models = ONE_TERM if "block_parameters" in OPTIONS[method][name] else tuple(MODELS)
+        model = models[turn % len(models)]
         yield Case(model, engine, world_size, 1 + turn % 2, checkpointing, True, variant=name, method=method)
 
 

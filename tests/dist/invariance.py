@@ -79,7 +79,7 @@ def main() -> int:
     )
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 3, 4, 8], help="numbers of ranks")
     arguments = parser.parse_args()
-    worst = rounded = 0.0
+    worst, rounded, ran = 0.0, 0.0, False
     with tempfile.TemporaryDirectory() as folder:
         for world_size in arguments.ranks:
             chosen = list(cases.few_cases(world_size) if arguments.few else cases.all_cases(world_size))
@@ -87,9 +87,13 @@ def main() -> int:
                 chosen += list(cases.variant_cases(world_size))
             if world_size <= 3:
                 chosen += [case for name in cases.OTHERS for case in cases.method_cases(name, world_size)]
+                chosen += list(cases.option_cases(world_size))
             if arguments.bf16 and world_size == 2:
                 chosen += list(cases.bf16_cases(world_size))
             chosen = [case for case in chosen if arguments.only in str(case)]
+            if not chosen:
+                continue
+            ran = True
             for line in run(chosen, world_size, Path(folder)):
                 note = f"  bf16 itself {line['rounding']:.2e}" if line["rounding"] else ""
                 print(f"{line['case']}  {line['worst']:.2e}{note}  {line['where']}", flush=True)
@@ -97,6 +101,8 @@ def main() -> int:
                     rounded = max(rounded, float(line["worst"]))
                 else:
                     worst = max(worst, float(line["worst"]))
+    if not ran:
+        parser.error(f"no case at {arguments.ranks} ranks has {arguments.only!r} in its line")
     if arguments.bf16:
         print(f"worst in bf16 {rounded:.3e}")
     print(f"worst {worst:.3e}")

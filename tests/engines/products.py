@@ -120,7 +120,7 @@ class Probing(ElementwiseMethod):
         return pieces.probe(SEED, step)
 
     def estimate(
-        self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor, weight: float
+        self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor, pieces: Pieces
     ) -> None:
         assert take
         self.calls += 1

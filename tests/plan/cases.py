@@ -118,6 +118,12 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "fsdp2 fp32 lora gauss-newton": other(
         "GAUSS_NEWTON", recipe("fsdp2", model="tiny-t5", peft=LORA), iterations=2
     ),
+    "ddp fp32 adapter gauss-newton, blocks": other(
+        "GAUSS_NEWTON",
+        recipe("ddp", model="tiny-roberta", peft=ADAPTER),
+        iterations=2,
+        block_parameters=1200,
+    ),
     "fsdp2 fp32 sophia, hutchinson": other(
         "SOPHIA", recipe("fsdp2"), estimator="hutchinson", estimate_interval=1
     ),
