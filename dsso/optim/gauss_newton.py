@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dsso.curvature.layer_blocks import LayerBlocks, size, small_layers
@@ -83,6 +83,14 @@ class Config(ElementwiseConfig):
     """Linear layers with at most so many trained parameters have their block of G formed, in as many passes as a loss
     term has scores, and its damped inverse preconditions the solve; for tasks with one loss term an example. A block
     takes 8 bytes times the square of its parameters on every rank. null: none."""
+
+    @model_validator(mode="after")
+    def _blocks_are_used(self) -> Config:
+        if self.block_parameters is not None and self.iterations == 1:
+            raise ValueError(
+                "block_parameters means nothing with iterations = 1, which goes along the gradient"
+            )
+        return self
 
     @property
     def working(self) -> int:

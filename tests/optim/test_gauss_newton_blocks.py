@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dsso.curvature.layer_blocks import root_column
 from dsso.engines import estimates
 from dsso.engines.single import SingleEngine
 from dsso.errors import RecipeError, RunError
-from dsso.optim.gauss_newton import Method
+from dsso.optim.gauss_newton import Config, Method
 from tests.optim.solves import CLASSES, COUNT, WIDE, data, dense, made, model, moved, step
 
 
@@ -114,6 +115,11 @@ def test_only_small_layers_are_formed() -> None:
         made(model(), block_parameters=5)
     with pytest.raises(RecipeError, match=r"no linear layer is small enough"):
         made(model(), block_parameters=6 * CLASSES, exclude=["^3$"])
+
+
+def test_blocks_that_no_product_would_see_are_refused() -> None:
+    with pytest.raises(ValidationError, match="block_parameters means nothing with iterations = 1"):
+        Config(block_parameters=100, iterations=1)
 
 
 def test_a_layer_that_is_used_twice_is_one_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
