@@ -148,10 +148,11 @@ def peers() -> dict[str, Peer]:
         pass
     else:
         heavyball.utils.compile_mode = None
-        found["SOAP (heavyball)"] = lambda p: heavyball.ForeachSOAP(p, lr=1e-4, precondition_frequency=EVERY)
-        found["PSGD (heavyball)"] = lambda p: heavyball.ForeachPSGDKron(
-            p, lr=1e-4, preconditioner_update_probability=1 / EVERY
-        )
+        # Up to version 2 the names are those of the "foreach" forms.
+        soap = getattr(heavyball, "ForeachSOAP", None) or heavyball.SOAP
+        psgd = getattr(heavyball, "ForeachPSGDKron", None) or heavyball.PSGDKron
+        found["SOAP (heavyball)"] = lambda p: soap(p, lr=1e-4, precondition_frequency=EVERY)
+        found["PSGD (heavyball)"] = lambda p: psgd(p, lr=1e-4, preconditioner_update_probability=1 / EVERY)
     return found
 
 
