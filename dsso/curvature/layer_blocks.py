@@ -8,8 +8,8 @@ pulled back from its scores, summed over the tokens that the layer read,
 takes one backward pass of the batch for each score of a loss term, and one loss term an example: terms of one example
 must not meet in one p.
 
-Sources: Martens 2020, sections 8 and 9.2, for the matrix and its two factorizations; Dangel, Kunstner, Hennig 2020,
-*BackPACK*, for roots of it that are pulled back through a layer.
+Sources: Martens 2020, section 8, for the matrix; Dangel, Kunstner, Hennig 2020, *BackPACK*, for roots of the losses'
+curvature that are pulled back.
 
 Legend of shape suffixes: `B` examples, `N` loss terms, `C` scores of a term, `S` tokens, `I` inputs, `O` outputs, `D`
 parameters of a layer.
@@ -66,9 +66,8 @@ def root_column(loss: Loss, f_NC: Tensor, column: int) -> Tensor:
     bent_NCC = torch.stack(rows, 1)
     values_NC, vectors_NCC = torch.linalg.eigh((bent_NCC + bent_NCC.mT) / 2)
     # Of a loss that is not convex in its scores the negative part is left out, as in any Gauss-Newton matrix.
-    root_NC: Tensor = (vectors_NCC * values_NC.clamp_min(0).sqrt().unsqueeze(1)) @ vectors_NCC[
-        :, column
-    ].unsqueeze(2)
+    scaled_NCC = vectors_NCC * values_NC.clamp_min(0).sqrt().unsqueeze(1)
+    root_NC: Tensor = torch.bmm(scaled_NCC, vectors_NCC[:, column].unsqueeze(2))
     return root_NC.squeeze(2).reshape(f_NC.shape)
 
 
