@@ -17,6 +17,7 @@ parameters of a layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -208,4 +209,4 @@ class LayerBlocks:
                 got=f"{len(f_NC)} terms of {self._examples} examples",
                 remedy="set it to null",
             )
-        self.columns = f_NC[0].numel() if len(f_NC) else 1
+        self.columns = math.prod(f_NC.shape[1:])

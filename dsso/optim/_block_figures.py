@@ -52,11 +52,8 @@ def figures(key: str, tensors: Mapping[str, Tensor], usable: bool, largest_side:
     kind = next(kind for kind in KINDS if matrix.rpartition("/")[2].startswith(kind))
     matrix_DD = tensors[matrix].double()
     side = matrix_DD.shape[0]
-    if not moment:
-        kept_DD = matrix_DD.mT @ matrix_DD
-    else:
-        lower_DD = tensors[moment[0]].double().tril()  # the part that is kept
-        kept_DD = lower_DD + lower_DD.tril(-1).mT
+    # Of a second moment the lower triangle alone is kept, which is what eigvalsh reads.
+    kept_DD = tensors[moment[0]].double() if moment else matrix_DD.mT @ matrix_DD
     rank, condition = None, None
     if side <= largest_side:
         spectrum = torch.linalg.eigvalsh(kept_DD)

@@ -24,7 +24,7 @@ from dsso.optim._layer import LayerPair
 from dsso.optim._refresh import Refresh, Stagger
 from dsso.optim._rules import Rule
 from dsso.optim._statistics import Statistics
-from dsso.optim.base import GradientMethod, take_over
+from dsso.optim.base import GradientMethod, state_like, take_over
 from dsso.parallel.placement import FactorDims, Placement, assign
 from dsso.schedule import value
 
@@ -73,14 +73,12 @@ class KroneckerMethod(GradientMethod):
             name: self.placement.appliers[layer.name] for layer in self.layers for name in layer.parameters
         }
         self.owners = {name: ranks[0] for name, ranks in self.workers.items()}
-        doubles = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
-        dtype = torch.float64 if doubles else torch.float32
-        self._like = torch.zeros((), dtype=dtype, device=device)
+        self._like = state_like(model, device)
         self.factors = {f.key: self._factor(f) for f in self.placement.held_by(rank)}
         a_keys = [one.a.key for one in dims]
         g_keys = [None if one.g is None else one.g.key for one in dims]
         self.capture = Capture(
-            model, self.layers, a_keys, g_keys, config.approximation, config.token_stride, dtype
+            model, self.layers, a_keys, g_keys, config.approximation, config.token_stride, self._like.dtype
         )
         self.capture.take_g = config.fisher == "empirical"
         # The sampled Fisher's gradients come in a pass of their own, after the one that counts as the last.
@@ -91,7 +89,7 @@ class KroneckerMethod(GradientMethod):
             rank,
             self._like,
             max(1, int(config.bucket_mb * 1e6 / (2 if config.wire_dtype == "bfloat16" else 4))),
-            torch.bfloat16 if config.wire_dtype == "bfloat16" else dtype,
+            torch.bfloat16 if config.wire_dtype == "bfloat16" else self._like.dtype,
             config.overlap and config.fisher != "sampled",
             config.accumulate == "owner",
         )

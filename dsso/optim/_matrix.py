@@ -28,7 +28,7 @@ from dsso.optim._matrix_config import MatrixConfig
 from dsso.optim._refresh import Stagger
 from dsso.optim._rules import Rule
 from dsso.optim._tensors import Chosen, TensorBlock, blocks_of, choose
-from dsso.optim.base import GradientMethod, take_over
+from dsso.optim.base import GradientMethod, state_like, take_over
 from dsso.parallel.placement import owners_by_cost
 
 STACKED = 2**20
@@ -122,8 +122,7 @@ class MatrixMethod(GradientMethod):
         self.layout = MatrixLayout(chosen.shapes, config, self.block, world_size)
         self.owners = self.layout.owners
         self.workers = {name: (owner,) for name, owner in self.owners.items()}
-        doubles = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
-        self._like = torch.zeros((), dtype=torch.float64 if doubles else torch.float32, device=device)
+        self._like = state_like(model, device)
         self._mine = [name for name in self.layout.blocks if self.owners[name] == rank]
         self._stacks = list(self._stacked(self.layout.held_by(rank)))
         self._places = {b.key: (state, i) for bs, state in self._stacks for i, b in enumerate(bs)}

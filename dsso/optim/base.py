@@ -12,10 +12,22 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dsso.errors import RunError
 from dsso.optim._rules import Rule
+
+
+def state_like(model: nn.Module, device: torch.device) -> Tensor:
+    """A zero in what a method keeps its state in: fp32, or fp64 for a model that trains in it.
+
+    Args:
+        model: the unwrapped model.
+        device: where state lives.
+    """
+    doubles = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
+    return torch.zeros((), dtype=torch.float64 if doubles else torch.float32, device=device)
 
 
 def take_over(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], remedy: str) -> None:

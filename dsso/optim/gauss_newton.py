@@ -42,6 +42,7 @@ from dsso.optim._elementwise import (
     Products,
     State,
 )
+from dsso.optim.base import state_like
 from dsso.parallel import collectives
 from dsso.parallel.deferred import Deferred
 
@@ -143,7 +144,6 @@ class Method(ElementwiseMethod):
         super().__init__(config, model, device, "Gauss-Newton")
         self.config = config
         self.products, self.difference = config.products, config.difference
-        self._like = torch.zeros((), dtype=_precision(model), device=device)
         self._layers = config.preconditioned(model, self.taken)
         if config.block_parameters is not None:
             if not self._layers:
@@ -153,7 +153,7 @@ class Method(ElementwiseMethod):
                     got=config.block_parameters,
                     remedy="raise it, or set it to null",
                 )
-            self.layer_blocks = LayerBlocks(model, self._layers, self._like)
+            self.layer_blocks = LayerBlocks(model, self._layers, state_like(model, device))
         self._solve: ConjugateGradients | None = None
         self._reached = Deferred()
         self._windows, self._of_step, self._ended = 0, -1, False
@@ -308,9 +308,3 @@ class Method(ElementwiseMethod):
         """Take the hooks off the model."""
         if self.layer_blocks is not None:
             self.layer_blocks.remove()
-
-
-def _precision(model: nn.Module) -> torch.dtype:
-    """Of solves: single, or that of a model in double."""
-    doubles = any(p.dtype == torch.float64 for p in model.parameters() if p.requires_grad)
-    return torch.float64 if doubles else torch.float32
