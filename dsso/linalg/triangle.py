@@ -25,6 +25,8 @@ from dsso.linalg import solve_cpu
 
 PANEL = 256
 """Rows of a panel: large enough for matrix products to be fast, small enough to save half of them."""
+NARROW = 32
+"""Sides up to this, of adapters' inner factors, are solved with their factor's inverse for more columns than this."""
 WHOLE = 2048
 """Sides up to this are made whole for a product: fewer steps, for a copy that is gone at once."""
 
@@ -250,6 +252,13 @@ def solve_lower(store_DD: Tensor, v_DR: Tensor) -> Tensor:
     if solved is not None:
         return solved
     lower_DD = store_DD if store_DD.dtype == v_DR.dtype else store_DD.to(v_DR.dtype)
+    dim = store_DD.shape[0]
+    if dim <= NARROW < v_DR.shape[1]:
+        # LAPACK goes through the columns one by one: two products with L^-1 are faster than that.
+        eye_DD = torch.eye(dim, dtype=v_DR.dtype, device=v_DR.device)
+        inverse_DD = torch.linalg.solve_triangular(lower_DD, eye_DD, upper=False)
+        narrow_DR: Tensor = inverse_DD.mT @ (inverse_DD @ v_DR)
+        return narrow_DR
     half_DR = torch.linalg.solve_triangular(lower_DD, v_DR, upper=False)
     out_DR: Tensor = torch.linalg.solve_triangular(lower_DD.mT, half_DR, upper=True)
     return out_DR

@@ -265,6 +265,21 @@ def solved_blocks(
     ]
 
 
+def means(factors: Sequence[Factor], side_F: Tensor) -> Tensor:
+    """Mean eigenvalues of many factors' averages at once; see `Factor.mean`.
+
+    Args:
+        factors: F of them, at least one.
+        side_F: their sides, on their device.
+
+    Shapes:
+        result: [F].
+    """
+    trace_F = torch.stack([factor.trace() for factor in factors])
+    weight_F = torch.stack([factor.weight for factor in factors])
+    return trace_F / (weight_F.clamp_min(kron.TINY) * side_F)
+
+
 class Factor:
     """A factor as blocks along its diagonal.
 
@@ -302,8 +317,12 @@ class Factor:
 
     def mean(self) -> Tensor:
         """Mean eigenvalue of the average, a scalar tensor; 0 before anything was measured."""
-        trace = torch.stack([block.trace() for block in self.blocks]).sum()
-        return trace / (self.weight.clamp_min(kron.TINY) * self.dims.side)
+        return self.trace() / (self.weight.clamp_min(kron.TINY) * self.dims.side)
+
+    def trace(self) -> Tensor:
+        """Of the running sum, a scalar tensor."""
+        traces = [block.trace() for block in self.blocks]
+        return traces[0] if len(traces) == 1 else torch.stack(traces).sum()
 
     def jobs(self, shift: Tensor, jitter: float = 0.0, dtype: torch.dtype | None = None) -> list[Job]:
         """Factorizations of average + shift I, block by block, on copies: they may run later and elsewhere.

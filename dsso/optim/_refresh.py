@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsso.linalg import kron
 from dsso.linalg.kron import DampingMode
-from dsso.optim._factor import Factor, Job
+from dsso.optim._factor import Factor, Job, means
 from dsso.optim._statistics import send_factorizations
 from dsso.parallel import collectives
 from dsso.parallel.deferred import Deferred
@@ -107,11 +107,18 @@ class Refresh:
                     self._partners.setdefault(key, []).append(pair)
         self._owned = [key for key, ranks in placement.factor_owners.items() if rank in ranks]
         # Pairs of the layers whose first owner this is: each layer is counted once over all ranks.
-        self._counted = [
-            (layer.a.key, None if layer.g is None else layer.g.key)
-            for layer in placement.layers
-            if placement.owner[layer.name] == rank
-        ]
+        counted = [layer for layer in placement.layers if placement.owner[layer.name] == rank]
+        sides = {dims.key: dims.side for layer in counted for dims in (layer.a, layer.g) if dims}
+        self._counted = [factors[key] for key in sides]
+        self._counted_sides = torch.tensor(list(sides.values()), dtype=like.dtype, device=like.device)
+        place = {key: index for index, key in enumerate(sides)}
+        self._counted_a, self._counted_g = (
+            # Behind the means of all factors stands that of the identity.
+            torch.tensor(
+                [place[d.key] if d else len(place) for d in dims], dtype=torch.int64, device=like.device
+            )
+            for dims in ([layer.a for layer in counted], [layer.g for layer in counted])
+        )
         self._applied_elsewhere = any(
             user != source for users in placement.sources.values() for user, source in users.items()
         )
@@ -136,9 +143,9 @@ class Refresh:
     def _floor(self, multiple: float) -> Tensor:
         """That multiple of the mean over all layers of the product of the factors' mean eigenvalues; collective."""
         total = self._like.new_zeros(1)
-        for pair in self._counted:
-            mean_a, mean_g = self._means(pair)
-            total += mean_a * mean_g
+        if self._counted:
+            mean_F = torch.cat([means(self._counted, self._counted_sides), torch.ones_like(total)])
+            total = (mean_F[self._counted_a] * mean_F[self._counted_g]).sum(dim=0, keepdim=True)
         return multiple * collectives.all_sum(total)[0] / len(self._placement.layers)
 
     def _shift(self, key: str, damping: float, floor: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,8 +39,13 @@ def test_a_covariance_of_that_rank_is_exact_after_two_windows(dim: int, rank: in
     for _ in range(2):
         x_ND = torch.randn(4 * rank, rank, dtype=D, generator=generator) @ root
         form, sum_DD = _feed(form, x_ND), 0.95 * sum_DD + x_ND.mT @ x_ND
-    error = (_dense(form) - sum_DD).abs().max() / sum_DD.abs().max()
-    assert error < 1e-7
+    error = (_dense(form) - sum_DD).abs().max()
+    # What the shift of the first window leaves grows with the angle between the random basis and the data: Nystroem
+    # of S + shift I is above it by at most shift / cos^2.
+    start_DK = lowrank.start_basis(dim, rank, 3, root)
+    cosine = torch.linalg.svdvals(torch.linalg.qr(root.mT)[0].mT @ start_DK).min()
+    shift = 1024 * torch.finfo(D).eps * sum_DD.trace()
+    assert error < 2 * shift / cosine**2
     assert form.trace.item() == pytest.approx(sum_DD.trace().item(), rel=1e-12)
 
 

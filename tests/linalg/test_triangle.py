@@ -79,6 +79,18 @@ def test_a_solve_reads_nothing_above_the_diagonal() -> None:
     assert torch.equal(triangle.solve_lower(spoilt, v_DR), triangle.solve_lower(chol_DD, v_DR))
 
 
+@pytest.mark.parametrize("dim", [1, 8, triangle.NARROW, triangle.NARROW + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_narrow_side_with_many_columns(dim: int, dtype: torch.dtype) -> None:
+    """As an adapter's inner factor is solved, whose matrix has as many columns as the layer."""
+    spd_DD = _data(dim, 0, 4 * dim).mT @ _data(dim, 0, 4 * dim) / dim + torch.eye(dim, dtype=torch.float64)
+    chol_DD = torch.linalg.cholesky(spd_DD).to(dtype)
+    v_DR = _data(dim, 1, 200).mT.float()
+    store_DD = torch.where(torch.ones(dim, dim).tril() > 0, chol_DD, float("nan"))
+    wanted_DR = torch.cholesky_solve(v_DR.double(), chol_DD.double())
+    torch.testing.assert_close(triangle.solve_lower(store_DD, v_DR).double(), wanted_DR, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dim", [1, 2, 31, 32, 33, 131])
 def test_a_product_reads_the_lower_triangle_alone(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triangle, "WHOLE", 32)

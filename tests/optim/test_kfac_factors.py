@@ -97,6 +97,20 @@ def test_the_step_is_that_of_the_dense_factors_in_each_form() -> None:
                 torch.testing.assert_close(updates[layer.bias], wanted[:, -1], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("form", [{}, {"block_side": 9}, INVERSE], ids=str)
+def test_the_floor_is_a_share_of_the_mean_curvature_of_all_layers(form: dict[str, Any]) -> None:
+    engine = _engine(_net(), damping=0.04, damping_floor=0.3, **form)
+    _step(engine, 0)
+    method = engine.optimizer.method
+    pairs = [(method.factors[d.a.key], method.factors[d.g.key]) for d in method.placement.layers]
+    means = [tuple(one.matrix().diagonal().mean() for one in pair) for pair in pairs]
+    floor = 0.3 * fmean(float(a * g) for a, g in means)
+    for (a, g), (mean_a, mean_g) in zip(pairs, means, strict=True):
+        for factor, shift in ((a, 0.2 * mean_a), (g, (0.04 * mean_a * mean_g + floor) / (0.2 * mean_a))):
+            eye = torch.eye(factor.dims.side).double()
+            torch.testing.assert_close(factor.solve(factor.matrix() + shift * eye), eye, rtol=1e-8, atol=1e-8)
+
+
 def test_blocks_are_those_of_the_dense_factor() -> None:
     dense, cut = _engine(_net()), _engine(_net(), block_side=11)
     for seed in range(2):
