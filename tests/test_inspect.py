@@ -103,9 +103,11 @@ def test_figures_of_blocks(tmp_path: Path, kind: str, capsys: Capture) -> None:
         if kind == "PSGD":
             average = acting = kept[f"{block}/factor{dim}"].mT @ kept[f"{block}/factor{dim}"]
         else:
-            lower = kept[f"{block}/sum{dim}"].tril()
-            average = lower + lower.tril(-1).mT
-            acting = kept[f"{block}/root{dim}"] if kind == "SHAMPOO" else average
+            acting = kept[f"{block}/{'root' if kind == 'SHAMPOO' else 'basis'}{dim}"]
+            # A packed triangle, row by row.
+            average, (rows, columns) = torch.zeros_like(acting), torch.tril_indices(*acting.shape)
+            average[rows, columns] = average[columns, rows] = kept[f"{block}/sum{dim}"]
+            acting = acting if kind == "SHAMPOO" else average
         values = torch.linalg.svdvals(average)
         assert told["sides"] == (len(average),)
         assert told["mean"] == pytest.approx(float(values.mean()), rel=1e-6)

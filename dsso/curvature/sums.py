@@ -67,7 +67,7 @@ class FactorSum:
             at += side
             basis, trace = self.bases[index], self.traces[index]
             if basis is None or trace is None:
-                triangle.add_gram_(self.parts[index], rows_ND, scale, fresh)
+                triangle.add_gram_(self.parts[index], rows_ND, scale, 0.0 if fresh else 1.0)
             else:
                 self.parts[index].add_(lowrank.sketch(rows_ND, basis), alpha=scale)
                 trace.add_(torch.linalg.vector_norm(rows_ND).square(), alpha=scale)

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dsso.linalg import triangle
+
 
 def eigh(x_DD: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Eigenvalues (ascending) and eigenvectors of a symmetric matrix, and whether all attempts failed.
@@ -34,7 +36,7 @@ def eigh(x_DD: Tensor) -> tuple[Tensor, Tensor, bool]:
     Returns:
         `(w_D, V_DD, failed)` in float64 on the device of `x_DD`; zeros and the identity where it failed.
     """
-    if torch.isfinite(x_DD).all():
+    if torch.isfinite(x_DD.sum(dtype=torch.float64)):
         for attempt in _attempts(x_DD):
             try:
                 w_D, v_DD = torch.linalg.eigh(attempt)
@@ -42,7 +44,8 @@ def eigh(x_DD: Tensor) -> tuple[Tensor, Tensor, bool]:
                 raise
             except RuntimeError:  # torch.linalg.LinAlgError is one, and so is what a device library reports
                 continue
-            if torch.isfinite(w_D).all() and torch.isfinite(v_DD).all():
+            # What is not finite shows in a sum, which takes one pass instead of two.
+            if torch.isfinite(w_D.sum() + v_DD.sum()):
                 return w_D.to(x_DD.device), v_DD.to(x_DD.device), False
     eye_DD = torch.eye(x_DD.shape[0], dtype=torch.float64, device=x_DD.device)
     return torch.zeros_like(eye_DD[0]), eye_DD, True
@@ -65,8 +68,12 @@ def inverse_root(x_DD: Tensor, power: float, shift: Tensor | float) -> tuple[Ten
         shift: positive.
     """
     w_D, v_DD, failed = eigh(x_DD)
-    scaled_DD = v_DD * (w_D.clamp_min(0.0) + shift).pow(-power)
-    return (scaled_DD @ v_DD.mT).to(x_DD.dtype), failed
+    # As a product of a matrix with its own transpose the root is symmetric and has no negative eigenvalue whatever
+    # rounding does, and half of it need not be computed; nothing is lost in it that the result could hold.
+    half_DD = (v_DD * (w_D.clamp_min(0.0) + shift).pow(-power / 2)).to(x_DD.dtype)
+    root_DD = torch.empty_like(half_DD)
+    triangle.add_gram_(root_DD, half_DD.mT, keep=0.0)
+    return triangle.mirrored(root_DD), failed
 
 
 def newton_root(

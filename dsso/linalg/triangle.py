@@ -60,8 +60,8 @@ def packed_size(dim: int) -> int:
     return dim * (dim + 1) // 2
 
 
-def add_gram_(sum_DD: Tensor, x_ND: Tensor, scale: float = 1.0, fresh: bool = False) -> None:
-    """S += scale X^T X, in place, on and above the diagonal (blocks on it are filled on both sides).
+def add_gram_(sum_DD: Tensor, x_ND: Tensor, scale: float = 1.0, keep: float = 1.0) -> None:
+    """S <- keep S + scale X^T X, in place, on and above the diagonal (blocks on it are filled on both sides).
 
     A little more than half of the multiplications of a full product: large sides are halved, what is right of the
     diagonal is one product, and small ones go panel by panel.
@@ -70,20 +70,20 @@ def add_gram_(sum_DD: Tensor, x_ND: Tensor, scale: float = 1.0, fresh: bool = Fa
         sum_DD: S.
         x_ND: X.
         scale: of the product.
-        fresh: S holds nothing yet: it is written, whatever was there.
+        keep: of what was there; 0: S holds nothing yet, it is written.
     """
-    dim, beta = sum_DD.shape[0], 0.0 if fresh else 1.0
+    dim = sum_DD.shape[0]
     if dim > 2 * PANEL:
         half = dim // 2
-        add_gram_(sum_DD[:half, :half], x_ND[:, :half], scale, fresh)
-        sum_DD[:half, half:].addmm_(x_ND[:, :half].mT, x_ND[:, half:], beta=beta, alpha=scale)
-        add_gram_(sum_DD[half:, half:], x_ND[:, half:], scale, fresh)
+        add_gram_(sum_DD[:half, :half], x_ND[:, :half], scale, keep)
+        sum_DD[:half, half:].addmm_(x_ND[:, :half].mT, x_ND[:, half:], beta=keep, alpha=scale)
+        add_gram_(sum_DD[half:, half:], x_ND[:, half:], scale, keep)
         return
     # Narrow panels save more; on a GPU it is the number of launches that counts.
-    height = PANEL // 4 if sum_DD.device.type == "cpu" else PANEL
+    height = max(1, PANEL // 4) if sum_DD.device.type == "cpu" else PANEL
     for start in range(0, dim, height):
         end = min(start + height, dim)
-        sum_DD[start:end, start:].addmm_(x_ND[:, start:end].mT, x_ND[:, start:], beta=beta, alpha=scale)
+        sum_DD[start:end, start:].addmm_(x_ND[:, start:end].mT, x_ND[:, start:], beta=keep, alpha=scale)
 
 
 def pack_into(out_P: Tensor, x_DD: Tensor) -> None:
@@ -163,6 +163,15 @@ def _accumulate_all_(store_DD: Tensor, diagonal_D: Tensor, sum_DD: Tensor, keep:
         if end < store_DD.shape[0]:
             right = store_DD[start:end, end:]
             torch.add(sum_DD[start:end, end:], right, alpha=keep, out=right)
+
+
+def mirrored(upper_DD: Tensor) -> Tensor:
+    """The symmetric matrix with this upper triangle, in place."""
+    for start, end in panels(upper_DD.shape[0]):
+        corner = upper_DD[start:end, start:end].triu()
+        upper_DD[start:end, start:end] = corner + corner.triu(1).mT
+        upper_DD[end:, start:end] = upper_DD[start:end, end:].mT
+    return upper_DD
 
 
 def symmetric(store_DD: Tensor, diagonal_D: Tensor, dtype: torch.dtype) -> Tensor:

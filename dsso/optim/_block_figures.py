@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsso.linalg import kron
 from dsso.optim._figures import RANK_CUT, FactorFigures
+from dsso.optim._second_moment import lower
 
 KINDS = {"root": "root of second moment", "basis": "basis of second moment", "factor": "triangular"}
 """What is kept of a side besides its second moment, if that is kept."""
@@ -53,7 +54,7 @@ def figures(key: str, tensors: Mapping[str, Tensor], usable: bool, largest_side:
     matrix_DD = tensors[matrix].double()
     side = matrix_DD.shape[0]
     # Of a second moment the lower triangle alone is kept, which is what eigvalsh reads.
-    kept_DD = tensors[moment[0]].double() if moment else matrix_DD.mT @ matrix_DD
+    kept_DD = lower(tensors[moment[0]].double(), side) if moment else matrix_DD.mT @ matrix_DD
     rank, condition = None, None
     if side <= largest_side:
         spectrum = torch.linalg.eigvalsh(kept_DD)

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dsso.linalg import triangle
+
 
 @dataclass(frozen=True)
 class BlockCost:
@@ -46,6 +48,12 @@ class Take:
         if beta not in self._known:
             self._known[beta] = torch.where(self.flag, beta * self.one, self.one)
         return self._known[beta]
+
+    def only(self, x: Tensor) -> Tensor:
+        """The gradients where they are taken, else zeros."""
+        if triangle.asking_is_free(self.flag):
+            return x if self.flag else torch.zeros_like(x)
+        return torch.where(self.flag, x, 0.0)
 
     @property
     def count(self) -> Tensor:

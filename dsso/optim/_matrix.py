@@ -186,8 +186,10 @@ class MatrixMethod(GradientMethod):
         failed = missing = 0
         waiting = self._like
         for blocks, state in self._stacks:
-            stacked = torch.stack([block.of(gradients[block.name]) for block in blocks])
-            gradient_KS = torch.where(take.flag, stacked, 0.0)
+            given = [block.of(gradients[block.name]) for block in blocks]
+            # Methods do not write into what they are given: a single block needs no copy.
+            stacked = given[0].unsqueeze(0) if len(given) == 1 else torch.stack(given)
+            gradient_KS = take.only(stacked)
             state.average(gradient_KS, take)
             if not state.refreshed_last:
                 failed += self._refresh(blocks, state, due, step)

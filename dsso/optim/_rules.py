@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
+from dsso.linalg import triangle
+
 RuleName = Literal["sgd", "adamw"]
 
 
@@ -65,9 +67,12 @@ def apply_sgd(
     """
     keep = (~bad).to(parameters[0].dtype)
     kept = [keep] * len(parameters)
-    for u in updates:
-        # NaN times zero is NaN: a dropped update has to be replaced, not multiplied.
-        u.masked_fill_(bad, 0.0)
+    if not triangle.asking_is_free(bad):
+        for u in updates:
+            # NaN times zero is NaN: a dropped update has to be replaced, not multiplied.
+            u.masked_fill_(bad, 0.0)
+    elif bad:
+        return
     if rule.coupled and rule.weight_decay:
         torch._foreach_addcmul_(updates, parameters, kept, value=rule.weight_decay)
     if rule.momentum:

@@ -37,6 +37,11 @@ def unfolded(x_KS: Tensor, dim: int) -> Tensor:
     return moved.reshape(*moved.shape[:2], -1)
 
 
+def _whole(like: Tensor) -> int:
+    """Longest side that is not cut to leave products out: on a GPU it is the number of launches that counts."""
+    return max(1, triangle.PANEL // 4) if like.device.type == "cpu" else triangle.PANEL
+
+
 def add_gram(sum_KDD: Tensor, x_KS: Tensor, dim: int, keep: Tensor, weight: float) -> None:
     """S <- keep S + weight X_i X_i^T with the unfolding along `dim`, in place, the lower triangle alone.
 
@@ -50,23 +55,27 @@ def add_gram(sum_KDD: Tensor, x_KS: Tensor, dim: int, keep: Tensor, weight: floa
         weight: number.
     """
     x_KDN = unfolded(x_KS, dim)
-    sum_KDD.mul_(keep)
-    if sum_KDD.shape[1] <= triangle.PANEL:
-        sum_KDD.baddbmm_(x_KDN, x_KDN.mT, alpha=weight)
+    if triangle.asking_is_free(keep):
+        factor = float(keep)
+    else:
+        sum_KDD.mul_(keep)
+        factor = 1.0
+    if sum_KDD.shape[1] <= _whole(sum_KDD):
+        sum_KDD.baddbmm_(x_KDN, x_KDN.mT, beta=factor, alpha=weight)
         return
     for sum_DD, x_DN in zip(sum_KDD, x_KDN, strict=True):
-        for start, end in triangle.panels(len(sum_DD)):
-            sum_DD[start:end, :end].addmm_(x_DN[start:end], x_DN[:end].mT, alpha=weight)
+        triangle.add_gram_(sum_DD.mT, x_DN.mT, weight, factor)
 
 
-def gram(x: Tensor, dim: int) -> Tensor:
-    """X_i X_i^T of the unfolding along `dim` of one tensor.
+def upper_gram(x_DN: Tensor) -> Tensor:
+    """X X^T, on and above the diagonal; what is below has no meaning.
 
     Shapes:
-        x: any. result: [side, side].
+        result: [D, D].
     """
-    flat_DN = x.movedim(dim, 0).reshape(x.shape[dim], -1)
-    return flat_DN @ flat_DN.mT
+    out_DD = x_DN.new_empty(len(x_DN), len(x_DN))
+    triangle.add_gram_(out_DD, x_DN.mT, keep=0.0)
+    return out_DD
 
 
 def along(matrix_KDD: Tensor, x_KS: Tensor, dim: int) -> Tensor:
@@ -90,15 +99,17 @@ def along_upper(q_KDD: Tensor, x_KS: Tensor, dim: int, transposed: bool = False)
         dim: the side, the stack not counted.
         transposed: Q^T instead of Q.
     """
-    side = q_KDD.shape[1]
-    if side <= triangle.PANEL:
+    side, height = q_KDD.shape[1], _whole(q_KDD)
+    if side <= height:
         return along(q_KDD.mT if transposed else q_KDD, x_KS, dim)
     x_KDN = unfolded(x_KS, dim)
     out_KDN = torch.empty_like(x_KDN)
-    for start, end in triangle.panels(side):
+    for start in range(0, side, height):
+        end = min(start + height, side)
+        rows_KHN = out_KDN[:, start:end]
         if transposed:
-            out_KDN[:, start:end] = q_KDD[:, :end, start:end].mT @ x_KDN[:, :end]
+            torch.bmm(q_KDD[:, :end, start:end].mT, x_KDN[:, :end], out=rows_KHN)
         else:
-            out_KDN[:, start:end] = q_KDD[:, start:end, start:] @ x_KDN[:, start:]
+            torch.bmm(q_KDD[:, start:end, start:], x_KDN[:, start:], out=rows_KHN)
     moved = x_KS.movedim(dim + 1, 1)
     return out_KDN.view(moved.shape).movedim(1, dim + 1)

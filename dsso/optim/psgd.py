@@ -33,7 +33,7 @@ from dsso.linalg.kron import TINY
 from dsso.optim._blocks import BlockCost, MatrixBlocks, Take, fresh
 from dsso.optim._matrix import MatrixMethod
 from dsso.optim._matrix_config import MatrixConfig
-from dsso.optim._unfold import along_upper, gram, per_block, rms
+from dsso.optim._unfold import along_upper, per_block, rms, unfolded, upper_gram
 from dsso.schedule import Interval
 
 __all__ = ["Config", "Method", "fit"]
@@ -84,9 +84,12 @@ def fit(factors: list[Tensor], dims: tuple[int, ...], h: Tensor, v: Tensor, rate
         b = _solved(q_DD, b, dim)
     out = []
     for q_DD, dim in zip(factors, dims, strict=True):
-        a_DD, b_DD = gram(a[0], dim), gram(b[0], dim)
-        length = _norm(a_DD + b_DD)
-        out.append(q_DD - torch.triu(a_DD - b_DD) @ q_DD * (rate / length.clamp_min(TINY)))
+        a_DN, b_DN = unfolded(a, dim)[0], unfolded(b, dim)[0]
+        length = _norm(a_DN, b_DN)
+        # Both are upper triangular, and so is their product.
+        between_DD = (upper_gram(a_DN).sub_(upper_gram(b_DN))).triu_()
+        step_DD = along_upper(between_DD.unsqueeze(0), q_DD.unsqueeze(0), 0)[0]
+        out.append(torch.sub(q_DD, step_DD * (rate / length.clamp_min(TINY))))
     sizes = torch.stack([q_DD.abs().max() for q_DD in out])
     even = sizes.log().mean().exp()
     return [q_DD * (even / size) for q_DD, size in zip(out, sizes.unbind(), strict=True)]
@@ -100,15 +103,16 @@ def _solved(q_DD: Tensor, x: Tensor, dim: int) -> Tensor:
     return solved_DN.view(moved.shape).movedim(1, dim + 1)
 
 
-def _norm(x_DD: Tensor, rounds: int = 3) -> Tensor:
-    """Largest eigenvalue of a positive semi-definite matrix, from below, within a factor of about two.
+def _norm(a_DN: Tensor, b_DN: Tensor, rounds: int = 3) -> Tensor:
+    """Largest eigenvalue of A A^T + B B^T, from below, within a factor of about two.
 
     By power iteration from a fixed vector.
     """
-    generator = torch.Generator(x_DD.device).manual_seed(0)
-    y_D = torch.randn(len(x_DD), generator=generator, dtype=x_DD.dtype, device=x_DD.device)
+    generator = torch.Generator(a_DN.device).manual_seed(0)
+    y_D = torch.randn(len(a_DN), generator=generator, dtype=a_DN.dtype, device=a_DN.device)
     for _ in range(rounds):
-        y_D = x_DD @ (y_D / y_D.norm().clamp_min(TINY))
+        y_D = y_D / y_D.norm().clamp_min(TINY)
+        y_D = a_DN @ (a_DN.mT @ y_D) + b_DN @ (b_DN.mT @ y_D)
     length: Tensor = y_D.norm()
     return length
 

@@ -30,7 +30,8 @@ from dsso.linalg.kron import TINY
 from dsso.optim._blocks import BlockCost, MatrixBlocks, Take, fresh
 from dsso.optim._matrix import MatrixMethod
 from dsso.optim._matrix_config import MatrixConfig
-from dsso.optim._unfold import add_gram, along, norms, per_block
+from dsso.optim._second_moment import SecondMoments
+from dsso.optim._unfold import along, norms, per_block
 
 __all__ = ["Config", "Method"]
 
@@ -81,8 +82,7 @@ class Blocks(MatrixBlocks):
         self._config = config
         self._kept = config.kept_sides(sides)
         self._power = config.exponent or 1 / (2 * len(self._kept))
-        # Of the sums the lower triangles alone.
-        self._sums = [self.zeros(sides[dim], sides[dim]) for dim in self._kept]
+        self._sums = [SecondMoments(count, sides[dim], dim, like) for dim in self._kept]
         self._roots = [self.eye(sides[dim]) for dim in self._kept]
         self._count = self.zeros()
         self._mean = self.zeros(*sides) if config.beta1 else None
@@ -90,12 +90,12 @@ class Blocks(MatrixBlocks):
 
     @staticmethod
     def cost(sides: tuple[int, ...], config: Any) -> BlockCost:
-        """Two squares a side; an eigendecomposition and a product for a root, products for a step."""
+        """A second moment and a square a side; an eigendecomposition and a product for a root, products for a step."""
         whole = math.prod(sides)
         kept = [sides[dim] for dim in config.kept_sides(sides)]
         extra = whole * (bool(config.beta1) + (config.grafting in _SQUARES))
         return BlockCost(
-            elements=sum(2 * side * side for side in kept) + extra + 1,
+            elements=sum(SecondMoments.elements(side) + side * side for side in kept) + extra + 1,
             refresh=sum(10.0 * side**3 for side in kept),
             step=sum(2.0 * side * whole for side in kept),
         )
@@ -104,8 +104,8 @@ class Blocks(MatrixBlocks):
         """S, M and the second moment of grafting."""
         config = self._config
         self._count.add_(take.count)
-        for sum_KDD, dim in zip(self._sums, self._kept, strict=True):
-            add_gram(sum_KDD, gradient_KS, dim, take.keep(config.beta2), fresh(config.beta2))
+        for moments in self._sums:
+            moments.add(gradient_KS, take.keep(config.beta2), fresh(config.beta2))
         if self._mean is not None:
             self._mean.mul_(take.keep(config.beta1)).add_(gradient_KS, alpha=fresh(config.beta1))
         if self._square is not None:
@@ -119,15 +119,15 @@ class Blocks(MatrixBlocks):
         if count < 1:
             return False
         scale = 1.0 if config.beta2 == 1 else 1 / (1 - config.beta2**count)
-        for sum_KDD in self._sums:
-            mean_DD = sum_KDD[index] * scale
+        for moments in self._sums:
+            newton = config.root == "newton"
+            mean_DD = (moments.whole(index) if newton else moments.lower(index)) * scale
             level = mean_DD.diagonal().sum()
             if not level > TINY:
                 return False  # a parameter that no loss has reached yet
             shift = config.epsilon * (level if config.epsilon_mode == "relative" else 1.0)
-            if config.root == "newton":
-                whole_DD = mean_DD.tril() + mean_DD.tril(-1).mT
-                root_DD, failed = roots.newton_root(whole_DD, round(1 / self._power), shift)
+            if newton:
+                root_DD, failed = roots.newton_root(mean_DD, round(1 / self._power), shift)
             else:
                 root_DD, failed = roots.inverse_root(mean_DD, self._power, shift)
             if failed:
@@ -186,8 +186,8 @@ class Blocks(MatrixBlocks):
     def tensors(self) -> dict[str, Tensor]:
         """All state."""
         out = {"count": self._count}
-        for dim, sum_KDD, root_KDD in zip(self._kept, self._sums, self._roots, strict=True):
-            out |= {f"sum{dim}": sum_KDD, f"root{dim}": root_KDD}
+        for moments, root_KDD in zip(self._sums, self._roots, strict=True):
+            out |= {f"sum{moments.dim}": moments.tensor, f"root{moments.dim}": root_KDD}
         if self._mean is not None:
             out["mean"] = self._mean
         if self._square is not None:

@@ -34,7 +34,8 @@ from dsso.linalg.kron import TINY
 from dsso.optim._blocks import BlockCost, MatrixBlocks, Take, fresh
 from dsso.optim._matrix import MatrixMethod
 from dsso.optim._matrix_config import MatrixConfig
-from dsso.optim._unfold import add_gram, along, per_block
+from dsso.optim._second_moment import SecondMoments
+from dsso.optim._unfold import along, per_block
 
 __all__ = ["Config", "Method"]
 
@@ -74,19 +75,18 @@ class Blocks(MatrixBlocks):
         super().__init__(count, sides, config, like)
         self._config = config
         self._kept = config.kept_sides(sides)
-        # Of the sums the lower triangles alone.
-        self._sums = [self.zeros(sides[dim], sides[dim]) for dim in self._kept]
+        self._sums = [SecondMoments(count, sides[dim], dim, like) for dim in self._kept]
         self._bases = [self.eye(sides[dim]) for dim in self._kept]
         self._mean, self._square = self.zeros(*sides), self.zeros(*sides)
         self._count, self._turns = self.zeros(), self.zeros()
 
     @staticmethod
     def cost(sides: tuple[int, ...], config: Any) -> BlockCost:
-        """Two squares a side and two moments; a QR factorization for a refresh, rotations for a step."""
+        """A second moment and a square a side, two moments; a QR factorization for a refresh, rotations for a step."""
         whole = math.prod(sides)
         kept = [sides[dim] for dim in config.kept_sides(sides)]
         return BlockCost(
-            elements=sum(2 * side * side for side in kept) + 2 * whole + 2,
+            elements=sum(SecondMoments.elements(side) + side * side for side in kept) + 2 * whole + 2,
             refresh=sum(5.0 * side**3 + side * whole for side in kept),
             step=sum(2.5 * side * whole for side in kept),
         )
@@ -100,8 +100,8 @@ class Blocks(MatrixBlocks):
         """S, and of blocks with bases M and V."""
         config = self._config
         beta = config.beta2 if config.shampoo_beta is None else config.shampoo_beta
-        for sum_KDD, dim in zip(self._sums, self._kept, strict=True):
-            add_gram(sum_KDD, gradient_KS, dim, take.keep(beta), fresh(beta))
+        for moments in self._sums:
+            moments.add(gradient_KS, take.keep(beta), fresh(beta))
         if not any(self.usable):
             return
         rotated, mask = self._rotated(gradient_KS), self.mask()
@@ -133,15 +133,14 @@ class Blocks(MatrixBlocks):
         first = not self.usable[index]
         anew = (first and not ridge) or (every is not None and (int(self._turns[index]) + 1) % every == 0)
         found, mean, square = [], self._mean[index : index + 1], self._square[index : index + 1]
-        for sum_KDD, basis_KDD, dim in zip(self._sums, self._bases, self._kept, strict=True):
-            sum_DD, basis_DD = sum_KDD[index], basis_KDD[index]
+        for moments, basis_KDD in zip(self._sums, self._bases, strict=True):
+            sum_DD, basis_DD, dim = moments.whole(index), basis_KDD[index], moments.dim
             if not sum_DD.diagonal().mean() > TINY:
                 return False  # a parameter that no loss has reached yet
             if anew:
                 turned_DD, failed = roots.eigenbasis(sum_DD)
             else:
-                whole_DD = sum_DD.tril() + sum_DD.tril(-1).mT
-                turned_DD, order_D = roots.turned_basis(whole_DD, basis_DD, ridge)
+                turned_DD, order_D = roots.turned_basis(sum_DD, basis_DD, ridge)
                 failed = not bool(torch.isfinite(turned_DD).all())
             if failed:
                 return True
@@ -164,8 +163,8 @@ class Blocks(MatrixBlocks):
     def tensors(self) -> dict[str, Tensor]:
         """All state."""
         out = {"count": self._count, "turns": self._turns, "mean": self._mean, "square": self._square}
-        for dim, sum_KDD, basis_KDD in zip(self._kept, self._sums, self._bases, strict=True):
-            out |= {f"sum{dim}": sum_KDD, f"basis{dim}": basis_KDD}
+        for moments, basis_KDD in zip(self._sums, self._bases, strict=True):
+            out |= {f"sum{moments.dim}": moments.tensor, f"basis{moments.dim}": basis_KDD}
         return out
 
 

@@ -31,6 +31,12 @@ def test_sum_packing_and_both_matrices_in_one_square(dim: int) -> None:
     triangle.add_gram_(sum_DD, x_ND[:4])
     triangle.add_gram_(sum_DD, x_ND[4:])
     torch.testing.assert_close(sum_DD.triu(), full_DD.triu())
+    decayed_DD = sum_DD.clone()
+    triangle.add_gram_(decayed_DD, x_ND, 0.25, 0.5)
+    torch.testing.assert_close(triangle.mirrored(decayed_DD), 0.75 * full_DD)
+    unwritten_DD = torch.full_like(sum_DD, float("nan"))
+    triangle.add_gram_(unwritten_DD, x_ND, keep=0.0)
+    torch.testing.assert_close(triangle.mirrored(unwritten_DD), full_DD)
 
     wire_P = torch.full((triangle.packed_size(dim),), float("nan"), dtype=torch.float64)
     triangle.pack_into(wire_P, sum_DD)
