@@ -87,9 +87,9 @@ def fit(factors: list[Tensor], dims: tuple[int, ...], h: Tensor, v: Tensor, rate
         a_DN, b_DN = unfolded(a, dim)[0], unfolded(b, dim)[0]
         length = _norm(a_DN, b_DN)
         # Both are upper triangular, and so is their product.
-        between_DD = (upper_gram(a_DN).sub_(upper_gram(b_DN))).triu_()
+        between_DD = upper_gram(a_DN).sub_(upper_gram(b_DN)).triu_()
         step_DD = along_upper(between_DD.unsqueeze(0), q_DD.unsqueeze(0), 0)[0]
-        out.append(torch.sub(q_DD, step_DD * (rate / length.clamp_min(TINY))))
+        out.append(q_DD - step_DD * (rate / length.clamp_min(TINY)))
     sizes = torch.stack([q_DD.abs().max() for q_DD in out])
     even = sizes.log().mean().exp()
     return [q_DD * (even / size) for q_DD, size in zip(out, sizes.unbind(), strict=True)]
@@ -136,7 +136,7 @@ class Blocks(MatrixBlocks):
         kept = [sides[dim] for dim in config.kept_sides(sides)]
         return BlockCost(
             elements=sum(side * side for side in kept) + bool(config.beta1) * whole + 2,
-            refresh=sum(3.5 * side * whole + side**3 for side in kept),
+            refresh=sum(2.5 * side * whole + side**3 / 3 for side in kept),
             step=sum(2.0 * side * whole for side in kept),
         )
 
