@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsso.errors import RecipeError
-from dsso.optim._elementwise import ElementwiseConfig
+from dsso.optim._gradient_config import GradientConfig
 from dsso.recipe_checks import Precision
 
 
@@ -28,7 +28,7 @@ def check_products(config: object, method: str, numbers: Precision, stage: int, 
             allowed="float32",
             remedy="leave adaptive_damping out, or use fp32",
         )
-    how = config.products_of_curvature if isinstance(config, ElementwiseConfig) else None
+    how = config.products_of_curvature if isinstance(config, GradientConfig) else None
     if how is None:
         return
     if numbers.dtype == "float16":

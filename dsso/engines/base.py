@@ -14,7 +14,7 @@ from dsso.curvature.layer_blocks import LayerBlocks
 from dsso.curvature.masks import TokenMasks
 from dsso.engines import portable
 from dsso.errors import RunError
-from dsso.optim._elementwise import ElementwiseMethod, Estimate
+from dsso.optim._estimating import Estimate, EstimatingMethod
 from dsso.optim._partition import PartitionOptimizer
 from dsso.parallel import collectives
 
@@ -101,18 +101,18 @@ class EngineBase:
 
     def wants_estimate(self) -> Estimate | None:
         """The window of estimation that must come before the next one, see `dsso.engines.estimates`."""
-        direct = self.optimizer.direct
+        probing = self.optimizer.probing
         return (
             None
-            if self._window_open or direct is None
-            else direct.method.wants_estimate(self.optimizer.steps)
+            if self._window_open or probing is None
+            else probing.method.wants_estimate(self.optimizer.steps)
         )
 
     @property
     def twice_differentiated(self) -> bool:
         """Whether products with curvature come from double backward passes."""
         method = self.optimizer.method
-        return isinstance(method, ElementwiseMethod) and method.products == "double_backward"
+        return isinstance(method, EstimatingMethod) and method.products == "double_backward"
 
     @contextmanager
     def displaced(self, sign: float) -> Iterator[None]:
@@ -121,9 +121,9 @@ class EngineBase:
         Args:
             sign: to which side.
         """
-        assert self.optimizer.direct is not None
+        assert self.optimizer.probing is not None
         try:
-            with self.optimizer.direct.displaced(sign, self.optimizer.steps):
+            with self.optimizer.probing.displaced(sign, self.optimizer.steps):
                 self._follow_weights()
                 yield
         finally:
@@ -132,18 +132,18 @@ class EngineBase:
     @property
     def displacement(self) -> Tensor:
         """What the method's direction was multiplied by in the last `displaced`, a scalar."""
-        assert self.optimizer.direct is not None
-        return self.optimizer.direct.method.displacement
+        assert self.optimizer.probing is not None
+        return self.optimizer.probing.method.displacement
 
     def whole_direction(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Parameters that an elementwise method takes, and its direction in their shapes; collective.
+        """Parameters that products with curvature are taken of, and the method's direction in their shapes; collective.
 
         Raises:
             RunError: no rank has whole parameters.
         """
         self.need_whole_weights()
-        assert self.optimizer.direct is not None
-        whole = self.optimizer.direct.whole_direction(self.optimizer.steps)
+        assert self.optimizer.probing is not None
+        whole = self.optimizer.probing.whole_direction(self.optimizer.steps)
         parameters = {n: p for n, p in self.module.named_parameters() if n in whole}
         return list(parameters.values()), [whole[n].view(p.shape) for n, p in parameters.items()]
 
@@ -165,7 +165,7 @@ class EngineBase:
     def layer_blocks(self) -> LayerBlocks:
         """What measures the blocks of small layers, where the method has them formed."""
         method = self.optimizer.method
-        assert isinstance(method, ElementwiseMethod)
+        assert isinstance(method, EstimatingMethod)
         assert method.layer_blocks is not None
         return method.layer_blocks
 
@@ -223,8 +223,8 @@ class EngineBase:
                     got=f"{self.pending} micro-batches",
                     allowed=str(self.gradient_accumulation_steps),
                 )
-            if self.optimizer.direct is not None:
-                self.optimizer.direct.method.had_estimate(self.optimizer.steps)
+            if self.optimizer.probing is not None:
+                self.optimizer.probing.method.had_estimate(self.optimizer.steps)
         finally:
             self.optimizer.estimating = self._estimating = False
 

@@ -14,6 +14,8 @@ from dsso.optim._rules import Rule
 from dsso.schedule import ScalarSchedule, bounded
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Products = Literal["difference", "double_backward"]
+"""How products with curvature are made, see `dsso.engines.estimates`."""
 
 
 class BaseConfig(StrictModel):
@@ -92,6 +94,16 @@ class GradientConfig(StrictModel):
     base: BaseConfig = BaseConfig()
     """The base method."""
 
+    @property
+    def working(self) -> int:
+        """Vectors in fp32 of the size of what it takes that live through windows of estimation, kept ones aside."""
+        return 0
+
+    @property
+    def products_of_curvature(self) -> Products | None:
+        """How products with curvature are made; None where there are none."""
+        return None
+
     @model_validator(mode="after")
     def _something_to_adapt(self) -> Self:
         if self.adaptive_tau is not None and self.clip == "none":
@@ -132,3 +144,44 @@ class GradientConfig(StrictModel):
                 rule = Rule("sgd", 1.0, self.weight_decay if name in matrices else 0.0, self.momentum)
             rules[name] = replace(rule, kept=kept)
         return rules
+
+
+class HessianConfig(GradientConfig):
+    """What a method takes that may look at the Hessian along a probe."""
+
+    hessian: ClassVar[str]
+    """The setting with which it does, as in a recipe."""
+
+    products: Products = "difference"
+    """H z from gradients at two displaced weights (`difference`, two windows, any engine, fp32 only) or from a double
+    backward pass (`double_backward`, one window, not with weights that are sharded)."""
+    difference: float = Field(default=1e-3, gt=0, le=0.1)
+    """H z by differences: length of the displacement over 1 + the length of all weights that are taken."""
+    probe_seed: int = Field(default=0, ge=0)
+    """Seed of the probes z of H z."""
+
+    @property
+    def takes_hessian(self) -> bool:
+        """Whether products with the Hessian are made."""
+        name, _, wanted = self.hessian.partition(" = ")
+        return bool(getattr(self, name) == wanted)
+
+    @property
+    def working(self) -> int:
+        """The probe; by differences also the first gradient, and the weights as they were."""
+        if not self.takes_hessian:
+            return 0
+        return 3 if self.products == "difference" else 1
+
+    @property
+    def products_of_curvature(self) -> Products | None:
+        """As `products` says, where they are made."""
+        return self.products if self.takes_hessian else None
+
+    @model_validator(mode="after")
+    def _products_of_what(self) -> Self:
+        for name in HessianConfig.__annotations__.keys() & type(self).model_fields.keys():
+            # A resolved recipe writes defaults out.
+            if not self.takes_hessian and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} means nothing without {self.hessian}")
+        return self

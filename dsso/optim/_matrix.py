@@ -179,7 +179,7 @@ class MatrixMethod(GradientMethod):
     def precondition(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Take the gradients in, refresh what is due, and let the blocks act."""
         step, take = self._steps - 1, Take(~self._bad, torch.ones_like(self._like))
-        due = set(self._places if self._all else self._stagger.due(self.config.refresh_interval, step))
+        due = self._due(step)
         if due and bool(self._bad):
             due = set()  # nothing new to learn from; the next window renews all of them
         updates = {name: torch.empty_like(gradients[name]) for name in self._mine}
@@ -204,6 +204,10 @@ class MatrixMethod(GradientMethod):
                     waiting = waiting + (gradient.abs().max() > 0).to(waiting.dtype)
         host = torch.tensor([failed, missing], dtype=waiting.dtype, device="cpu")
         return updates, torch.cat([waiting.reshape(1), host.to(waiting.device, non_blocking=True)])
+
+    def _due(self, step: int) -> set[str]:
+        """Blocks whose preconditioner is renewed in that step."""
+        return set(self._places if self._all else self._stagger.due(self.config.refresh_interval, step))
 
     def _refresh(
         self, blocks: Sequence[TensorBlock], state: MatrixBlocks, due: Collection[str], step: int

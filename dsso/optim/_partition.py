@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from dsso.clip import ClipMode, NormQuantile, StepNorms, clip_scale, cosine
-from dsso.optim._elementwise import ElementwiseMethod, Pieces
+from dsso.optim._elementwise import ElementwiseMethod, ElementwisePieces
+from dsso.optim._estimating import EstimatingMethod, Pieces
 from dsso.optim._rules import Rule, apply_adamw, apply_sgd
 from dsso.optim._trust import Trust
 from dsso.optim.base import GradientMethod
@@ -78,7 +79,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
         table: the layout of all ranks, once attached.
         dry_run: set while an engine is being built, which may step once to have states allocated.
         estimating: the next step ends a window of estimation: nothing moves.
-        direct: the pieces of an elementwise method.
+        direct: the pieces that an elementwise method steps.
+        probing: those that windows of estimation are about.
     """
 
     def __init__(
@@ -102,7 +104,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self.consecutive_skips = 0
         self.table = SpanTable({}, ())
         self.dry_run = self.estimating = False
-        self.direct: Pieces | None = None
+        self.direct: ElementwisePieces | None = None
+        self.probing: Pieces | None = None
         self._buffers: list[Tensor] = []
         self._pieces: list[_Piece] = []
         self._by_rule: dict[Rule, list[_Piece]] = {}
@@ -163,10 +166,23 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self._failures = self._without = torch.zeros((), device=device)
         self._allocate()
         if isinstance(self.method, ElementwiseMethod):
-            self.direct = self._pieces_of(self.method)
+            self.probing = self.direct = self._pieces_of(self.method)
+        elif isinstance(self.method, EstimatingMethod):
+            self.probing = self._probed(self.method)
         return table
 
-    def _pieces_of(self, method: ElementwiseMethod) -> Pieces:
+    def _probed(self, method: EstimatingMethod) -> Pieces:
+        """The pieces of the parameters that a method with owners takes products of."""
+        mine = [s for s in self.table.ranks[collectives.rank()] if s.name in method.probed and s.numel]
+
+        def view(flat: Tensor, index: int) -> Tensor:
+            return self._flat(flat).narrow(0, mine[index].offset, mine[index].numel)
+
+        places = [span.buffer for span in mine]
+        nothing: list[dict[str, Tensor]] = [{} for _ in self._buffers]
+        return Pieces(method, view, places, self._buffers, nothing, (), self._rest_weight, self.table)
+
+    def _pieces_of(self, method: ElementwiseMethod) -> ElementwisePieces:
         """The pieces that an elementwise method works on."""
         mine = [piece for piece in self._pieces if piece.rule.kept]
         states = [self.state[buffer] for buffer in self._buffers]
@@ -176,7 +192,9 @@ class PartitionOptimizer(torch.optim.Optimizer):
         def view(flat: Tensor, index: int) -> Tensor:
             return self._view(flat, mine[index])
 
-        return Pieces(method, view, places, self._buffers, states, kept, self._rest_weight, self.table)
+        return ElementwisePieces(
+            method, view, places, self._buffers, states, kept, self._rest_weight, self.table
+        )
 
     def _merge(self, spans: Sequence[Span]) -> list[_Piece]:
         pieces: list[_Piece] = []
@@ -247,8 +265,8 @@ class PartitionOptimizer(torch.optim.Optimizer):
                 "the optimizer is not attached to an engine: call attach() or dsso.initialize()"
             )
         if self.estimating:
-            assert self.direct is not None
-            self.direct.estimate(self._gradients())
+            assert self.probing is not None
+            self.probing.estimate(self._gradients())
             return
         self._read_outcome()
         if self.trust is not None:

@@ -34,14 +34,9 @@ from dsso.curvature.layer_blocks import LayerBlocks, size, small_layers
 from dsso.curvature.layers import KroneckerLayer
 from dsso.errors import RecipeError
 from dsso.linalg.cg import ConjugateGradients, Precondition
-from dsso.optim._elementwise import (
-    ElementwiseConfig,
-    ElementwiseMethod,
-    Estimate,
-    Pieces,
-    Products,
-    State,
-)
+from dsso.optim._elementwise import ElementwiseConfig, ElementwiseMethod
+from dsso.optim._estimating import Estimate, Pieces, State
+from dsso.optim._gradient_config import Products
 from dsso.optim.base import state_like
 from dsso.parallel import collectives
 from dsso.parallel.deferred import Deferred

@@ -9,38 +9,50 @@ fresh V of standard normal numbers,
     U    = G x_1 Q_1^T Q_1 ... x_k Q_k^T Q_k
 
 which is relative gradient descent of c(P) = E[g^T P g + v^T P^-1 v] over P = (Q^T Q) (x) ..., least where
-P E[g g^T] P = I.
+P E[g g^T] P = I. That is the whitening form. In the Newton form V is a probe of random signs over all parameters that
+are taken and H V, what the gradient answers to a displacement along it, stands in the place of G: c is least at
+P = |H|^-1.
 
 Sources: Li 2018, *Preconditioned stochastic gradient descent* (criterion, fitting on Lie groups); Li 2019,
-*Preconditioner on matrix Lie group for SGD* (Kronecker factors); Pooladzandi, Li 2024, *Curvature-informed SGD via
-general purpose Lie-group preconditioners* (whitening; updates at a falling rate). Deviations: instead of an update with
-probability p one every 1 / p steps, spread over the blocks, so that no step is longer than another; the first gradient
-sets the scale of Q, so that whitening does not begin with a search for it; e is relative, because a direction that has
-no gradient would otherwise be amplified without end; of a long and narrow block only the short side is preconditioned.
+*Preconditioner on matrix Lie group for SGD* (Kronecker factors, Newton pairs); Pooladzandi, Li 2024,
+*Curvature-informed SGD via general purpose Lie-group preconditioners* (whitening; updates at a falling rate).
+Deviations: instead of an update with probability p one every 1 / p steps, spread over the blocks, so that no step is
+longer than another; the first gradient sets the scale of Q, so that whitening does not begin with a search for it; e is
+relative, because a direction that has no gradient would otherwise be amplified without end; of a long and narrow block
+only the short side is preconditioned.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsso.clip import ClipMode
 from dsso.linalg.kron import TINY
 from dsso.optim._blocks import BlockCost, MatrixBlocks, Take, fresh
+from dsso.optim._estimating import Estimate, EstimatingMethod, HessianProduct, Pieces, State, probe_of
+from dsso.optim._gradient_config import HessianConfig
 from dsso.optim._matrix import MatrixMethod
 from dsso.optim._matrix_config import MatrixConfig
+from dsso.optim._refresh import Stagger
+from dsso.optim._tensors import TensorBlock
 from dsso.optim._unfold import along_upper, per_block, rms, unfolded, upper_gram
+from dsso.parallel import noise
+from dsso.parallel.fragments import FragmentExchange
 from dsso.schedule import Interval
 
 __all__ = ["Config", "Method", "fit"]
 
 
-class Config(MatrixConfig):
+class Config(HessianConfig, MatrixConfig):
     """Parameters of PSGD (`optimizer.params`)."""
+
+    hessian: ClassVar[str] = "form = newton"
 
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate, of the size of Adam's or a little less."""
@@ -54,6 +66,9 @@ class Config(MatrixConfig):
     0.03 in the end."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the averaged gradient that is whitened; 0: the gradient itself."""
+    form: Literal["whitening", "newton"] = "whitening"
+    """What Q learns: to whiten the gradient, or from products with the Hessian to invert its size. Those take windows
+    of their own before every refresh, and all blocks are refreshed together."""
     precondition_lr: float = Field(default=0.1, gt=0, lt=1)
     """mu, the step of the preconditioner, relative to the norm of what it is made of. Below 1 Q stays invertible."""
     damping: float = Field(default=1e-3, ge=0)
@@ -128,6 +143,8 @@ class Blocks(MatrixBlocks):
         self._mean = self.zeros(*sides) if config.beta1 else None
         self._count, self._turns = self.zeros(), self.zeros()
         self._latest: Tensor | None = None
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        """Of the Newton form: for each block the probe and what the Hessian makes of it."""
 
     @staticmethod
     def cost(sides: tuple[int, ...], config: Any) -> BlockCost:
@@ -153,8 +170,12 @@ class Blocks(MatrixBlocks):
     def refresh(self, index: int) -> bool:
         """One update of the factors; all of them, or none."""
         config = self._config
-        assert self._latest is not None
-        g = self._latest[index]
+        newton = config.form == "newton"
+        if newton:
+            v, g = self.pairs[index]
+        else:
+            assert self._latest is not None
+            g = self._latest[index]
         level = g.square().mean().sqrt()
         if not level > TINY:
             # No loss has reached the parameter yet, or its gradient is zero for once: nothing to learn from.
@@ -165,8 +186,9 @@ class Blocks(MatrixBlocks):
             scale = level ** (-0.5 / len(factors))
             factors = [q_DD * scale for q_DD in factors]
         turns = int(self._turns[index])
-        generator = torch.Generator(g.device).manual_seed((self.seeds[index] << 24) + turns)
-        v = torch.randn(g.shape, generator=generator, dtype=g.dtype, device=g.device)
+        if not newton:
+            generator = torch.Generator(g.device).manual_seed((self.seeds[index] << 24) + turns)
+            v = torch.randn(g.shape, generator=generator, dtype=g.dtype, device=g.device)
         found = fit(factors, self._kept, g + config.damping * level * v, v, config.precondition_lr)
         if not torch.stack([q_DD.isfinite().all() for q_DD in found]).all():
             return True
@@ -198,7 +220,113 @@ class Blocks(MatrixBlocks):
         return out
 
 
-class Method(MatrixMethod):
-    """PSGD on the matrices of a model."""
+class Method(MatrixMethod, EstimatingMethod):
+    """PSGD on the matrices of a model; arguments as of `MatrixMethod`."""
 
     block = Blocks
+    config: Config
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        example: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(config, model, device, rank, world_size, example)
+        self.products, self.difference = config.products, config.difference
+        self.displacement = torch.zeros((), device=device)
+        self._product = HessianProduct()
+        self._exchange: FragmentExchange | None = None
+        self._answers: dict[str, Tensor] | None = None
+        self._good = torch.ones((), dtype=torch.bool, device=device)
+        self._probe: Sequence[Tensor] = ()
+        self._of_step = self._had = -1
+        self._again = False
+        if config.form == "newton":
+            self.probed = frozenset(self.owners)
+            # One product is an estimate for all blocks.
+            self._stagger = Stagger(dict.fromkeys(self.layout.costs, 1.0), False)
+
+    # -- windows of estimation ------------------------------------------------------------------------------------
+
+    def wants_estimate(self, step: int) -> Estimate | None:
+        """The Hessian along a probe, before every refresh of the Newton form."""
+        if self.config.form != "newton" or self._had == step:
+            return None
+        due = self._again or not self._steps or self._stagger.due(self.config.refresh_interval, step)
+        if not due:
+            return None
+        return "hessian" if self.products == "double_backward" else "gradient_pair"
+
+    def had_estimate(self, step: int) -> None:
+        """Two windows are one estimate where differences are taken."""
+        self._had, self._again = step, False
+
+    def direction(self, pieces: Pieces, step: int) -> Sequence[Tensor]:
+        """The probe of that step."""
+        if self._of_step != step or not self._probe:
+            self._of_step, self._probe = step, pieces.probe(self.config.probe_seed, step)
+        return self._probe
+
+    def estimate(
+        self, gradients: Sequence[Tensor], states: Sequence[State], take: Tensor, pieces: Pieces
+    ) -> None:
+        """Bring what the Hessian makes of the probe to the owners of the blocks."""
+        found = self._product.take_in(self, gradients, take)
+        if found is None:
+            return
+        if self._exchange is None:
+            self._exchange = pieces.exchange(self.workers)
+        self._answers, self._good, self._probe = pieces.at_workers(found[0], self._exchange), found[1], ()
+
+    def begin_window(self, step: int, retry: bool) -> None:
+        """Where a refresh was lost, which is known two steps later, another estimate is needed for one."""
+        super().begin_window(step, retry)
+        self._again = self._again or (retry and self._had < step - 1)
+
+    def update(self, step: int, bad: Tensor | None) -> None:
+        """Learn whether the gradients of this step are taken in."""
+        self.need_estimate(step)
+        super().update(step, bad)
+
+    # -- the update -----------------------------------------------------------------------------------------------
+
+    def _due(self, step: int) -> set[str]:
+        """Blocks to be refreshed: in the Newton form all, where there is a product with the Hessian."""
+        if self.config.form != "newton":
+            return super()._due(step)
+        if self._answers is None:
+            return set()
+        if not self._good:
+            self._again = True
+            return set()
+        return set(self._places)
+
+    def _refresh(
+        self, blocks: Sequence[TensorBlock], state: MatrixBlocks, due: Collection[str], step: int
+    ) -> int:
+        """Renew the preconditioners that are due; how many failed."""
+        assert isinstance(state, Blocks)
+        if due and self._answers is not None:
+            state.pairs = [self._pair(block) for block in blocks]
+        failed = super()._refresh(blocks, state, due, step)
+        state.pairs = []
+        return failed
+
+    def _pair(self, block: TensorBlock) -> tuple[Tensor, Tensor]:
+        """The block's part of the probe, made again, and of what the Hessian makes of it."""
+        assert self._answers is not None
+        answer = self._answers[block.name]
+        signs = torch.zeros_like(answer)
+        direction = probe_of(self.config.probe_seed, block.name, self._of_step)
+        noise.add(signs, signs, direction, 0, 1.0)
+        return block.of(signs), block.of(answer)
+
+    def precondition(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Take the gradients in, refresh what is due, and let the blocks act."""
+        found = super().precondition(gradients)
+        self._answers = None
+        return found

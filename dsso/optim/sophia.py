@@ -24,21 +24,16 @@ errors (0: as published); clipping by `tau`, momentum and decay as for all metho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from dsso.clip import ClipMode
-from dsso.optim._elementwise import (
-    ElementwiseConfig,
-    ElementwiseMethod,
-    Estimate,
-    Pieces,
-    Products,
-    State,
-)
+from dsso.optim._elementwise import ElementwiseConfig, ElementwiseMethod
+from dsso.optim._estimating import Estimate, HessianProduct, Pieces, State
+from dsso.optim._gradient_config import HessianConfig
 from dsso.parallel import collectives
 from dsso.schedule import Interval
 
@@ -48,10 +43,11 @@ FIRST, DIAGONAL = "sophia_m", "sophia_h"
 """Names under which m and h lie in the optimizer's state."""
 
 
-class Config(ElementwiseConfig):
+class Config(HessianConfig, ElementwiseConfig):
     """Parameters of Sophia (`optimizer.params`)."""
 
     kept: ClassVar[tuple[str, ...]] = (FIRST, DIAGONAL)
+    hessian: ClassVar[str] = "estimator = hutchinson"
 
     lr: float = Field(default=3e-4, gt=0)
     """Learning rate, somewhat below Adam's: no element moves further than it in a step."""
@@ -64,13 +60,6 @@ class Config(ElementwiseConfig):
     """Steps between two estimates of curvature, each of windows of its own; null in a segment: never again."""
     estimator: Literal["gnb", "hutchinson"] = "gnb"
     """Diagonal of the Gauss-Newton matrix (`gnb`, Sophia-G) or of the Hessian (`hutchinson`, Sophia-H)."""
-    products: Products = "difference"
-    """Sophia-H: H z from gradients at two displaced weights (`difference`, two windows, any engine, fp32 only) or from
-    a double backward pass (`double_backward`, one window, not with weights that are sharded)."""
-    difference: float = Field(default=1e-3, gt=0, le=0.1)
-    """Sophia-H by differences: length of the displacement over 1 + the length of all weights that are taken."""
-    probe_seed: int = Field(default=0, ge=0)
-    """Sophia-H: seed of the probes."""
     beta1: float = Field(default=0.96, ge=0, lt=1)
     """Decay of the averaged gradient."""
     beta2: float = Field(default=0.99, ge=0, lt=1)
@@ -81,26 +70,6 @@ class Config(ElementwiseConfig):
     """Least divisor."""
     floor: float = Field(default=0.01, ge=0, lt=1)
     """Elements of h below this share of the mean size of all count as that; 0: as published."""
-
-    @property
-    def working(self) -> int:
-        """Of Sophia-H: the probe; by differences also the first gradient, and the weights as they were."""
-        if self.estimator == "gnb":
-            return 0
-        return 3 if self.products == "difference" else 1
-
-    @property
-    def products_of_curvature(self) -> Products | None:
-        """As `products` says, for Sophia-H."""
-        return self.products if self.estimator == "hutchinson" else None
-
-    @model_validator(mode="after")
-    def _products_of_what(self) -> Self:
-        for name in ("products", "difference", "probe_seed"):
-            # A resolved recipe writes defaults out.
-            if self.estimator == "gnb" and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} means nothing without estimator = hutchinson")
-        return self
 
 
 class Method(ElementwiseMethod):
@@ -130,8 +99,7 @@ class Method(ElementwiseMethod):
         self.products, self.difference = config.products, config.difference
         self._mean = torch.zeros((), device=device)
         self._probe: list[Tensor] | None = None
-        self._first: list[Tensor] | None = None
-        self._good = torch.ones((), dtype=torch.bool, device=device)
+        self._product = HessianProduct()
         self._had = -1
         self._free = torch.zeros(1, device=device)
         self._share = torch.ones((), device=device)
@@ -177,18 +145,13 @@ class Method(ElementwiseMethod):
             self._average([q.square() * count for q in gradients], states, take, pieces.weight)
             return
         assert self._probe is not None
-        if self.products == "double_backward":
-            products = list(gradients)
-        elif self._first is None:
-            self._first, self._good = [g.clone() for g in gradients], take
+        found = self._product.take_in(self, gradients, take)
+        if found is None:
             return
-        else:
-            half = 0.5 / self.displacement
-            products = [(one - two) * half for one, two in zip(self._first, gradients, strict=True)]
-            take = take & self._good
+        products, take = found
         diagonal = [z * hz for z, hz in zip(self._probe, products, strict=True)]
         self._average(diagonal, states, take, pieces.weight)
-        self._probe = self._first = None
+        self._probe = None
 
     def _average(self, found: Sequence[Tensor], states: Sequence[State], take: Tensor, weight: float) -> None:
         """H <- beta2 h + (1 - beta2) what was found, and its mean over all elements."""

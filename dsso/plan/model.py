@@ -181,6 +181,7 @@ def survey(model: nn.Module, config: Any, example: Mapping[str, Any] | None = No
     if isinstance(config, ElementwiseConfig):
         elementwise = choose(model, config.exclude, "the method")
         rest, kept_whole = elementwise.rest, config.whole_bytes(model, elementwise.taken)
+    if isinstance(config, ElementwiseConfig) or getattr(config, "products_of_curvature", None) is not None:
         notes = ("windows of estimation, one more forward and backward pass each, are in no figure",)
     return Survey(
         weights,

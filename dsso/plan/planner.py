@@ -119,7 +119,7 @@ def _plan(
         exchange = exchanges[rank] if exchanges else None
         lasting = share.weights + share.masters + state + factors
         measured = first.sums + first.buffers
-        vectors = 4 * share.partition * (config.working if isinstance(config, ElementwiseConfig) else 0)
+        vectors = 4 * share.partition * (config.working if isinstance(config, GradientConfig) else 0)
         vectors += seen.kept_whole
         # What came out of a window is one more; blocks are copied once to be factorized.
         solving = vectors + 4 * share.partition + seen.kept_whole if vectors else 0

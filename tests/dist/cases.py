@@ -82,6 +82,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "sampled-double": {"curvature": "sampled", "products": "double_backward"},
         "preconditioned": {"block_parameters": 1200, "iterations": 2, "damping": 0.01},
     },
+    "PSGD": {
+        "newton": {"form": "newton"},
+        "newton-double": {"form": "newton", "products": "double_backward"},
+    },
     "SOPHIA": {
         "hutchinson": {"estimator": "hutchinson"},
         "hutchinson-double": {"estimator": "hutchinson", "products": "double_backward"},

@@ -23,7 +23,8 @@ from dsso.engines.ddp import DDPEngine
 from dsso.engines.fsdp2 import FSDP2Engine
 from dsso.engines.single import SingleEngine
 from dsso.errors import RunError
-from dsso.optim._elementwise import ElementwiseMethod, Estimate, Pieces, State
+from dsso.optim._elementwise import ElementwiseMethod
+from dsso.optim._estimating import Estimate, Pieces, State
 from dsso.optim._partition import Clipping, PartitionOptimizer
 from dsso.optim._rules import Rule
 from dsso.parallel import noise
@@ -107,6 +108,7 @@ class Probing(ElementwiseMethod):
     def __init__(self, names: Sequence[str], kind: Estimate, how: Any) -> None:
         self.rest, self.workers, self.owners = {}, {}, {}
         self.taken, self.kind, self.products, self.device = frozenset(names), kind, how, CPU
+        self.probed = self.taken
         self.displacement = torch.zeros(())
         self.ended, self.calls = False, 0
 

@@ -8,8 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dsso.curvature.quality import quality
+from dsso.engines import estimates
+from dsso.engines.single import SingleEngine
+from dsso.errors import RunError
 from dsso.optim import psgd
+from dsso.optim._estimating import probe_of
 from dsso.optim.psgd import Config, fit
+from dsso.parallel import noise
 from tests.conformance.methods import made
 
 PLAIN: dict[str, Any] = {"base": {"type": "SGD", "momentum": 0.0}, "stagger": False, "refresh_interval": 1}
@@ -141,3 +147,94 @@ def test_a_failed_fit_keeps_the_factors(monkeypatch: pytest.MonkeyPatch) -> None
     assert engine.health()["factor_failures"] == 1
     monkeypatch.undo()
     assert not torch.equal(step(), good)
+
+
+# -- the Newton form ---------------------------------------------------------------------------------------------
+
+
+def newton_step(engine: SingleEngine, x: Tensor, y: Tensor, poison: bool = False) -> None:
+    """A window with what it wants to know of the Hessian; `poison`: which it does not learn."""
+
+    def loss(scores: Tensor) -> Tensor:
+        return nn.functional.mse_loss(scores, y)
+
+    batch = estimates.MicroBatch(
+        len(x), lambda: engine(x) * (torch.nan if poison else 1.0), loss, lambda scores: loss(scores)
+    )
+    estimates.run(engine, lambda: [batch])
+    engine.backward(loss(engine(x)), terms=len(x))
+    engine.step()
+
+
+@pytest.mark.parametrize("products", ["double_backward", "difference"])
+def test_the_equations_of_the_newton_form(products: str) -> None:
+    """The loss is quadratic, so differences are exact but for rounding."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3, bias=False).double()
+    given = {"lr": 0.1, "damping": 0.01, "max_rms": None, "beta1": 0.0, "probe_seed": 5}
+    engine = made("PSGD", net, **PLAIN, form="newton", products=products, **given)
+    weight = net.weight.detach().clone()
+    left, right = torch.eye(3).double(), torch.eye(4).double()
+    for t in range(4):
+        x, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+        newton_step(engine, x, y)
+        v = torch.zeros(12, dtype=torch.float64)
+        noise.add(v, v, probe_of(5, "weight", t), 0, 1.0)
+        assert set(v.tolist()) == {1.0, -1.0}
+        v = v.view(3, 4)
+        h = 2 / 18 * v @ x.mT @ x
+        level = h.square().mean().sqrt()
+        if not t:
+            left, right = left * level**-0.25, right * level**-0.25
+        left, right = fit([left, right], (0, 1), h + 0.01 * level * v, v, 0.1)
+        gradient = 2 / 18 * (x @ weight.mT - y).mT @ x
+        weight = weight - 0.1 * left.mT @ left @ gradient @ right.mT @ right
+        torch.testing.assert_close(net.weight.detach(), weight, rtol=1e-7, atol=1e-9)
+
+
+def test_the_newton_form_inverts_the_curvature() -> None:
+    """Of a quadratic with Hessian 1 (x) C, badly scaled, c(P) is at its least before long."""
+    torch.manual_seed(0)
+    net = nn.Linear(6, 4, bias=False).double()
+    given = {"lr": 1e-9, "damping": 0.0, "products": "double_backward", "precondition_lr": 0.05}
+    engine = made("PSGD", net, **PLAIN, form="newton", **given)
+    scale = torch.logspace(0, -1, 6).double()
+    x = torch.linalg.qr(torch.randn(6, 6).double())[0] * scale
+    for _ in range(1500):
+        newton_step(engine, x, torch.zeros(6, 4).double())
+    factors = engine.optimizer.method.state_tensors()
+    found = [factors[f"weight/0/factor{dim}"] for dim in (0, 1)]
+    hessian = 2 / 24 * x.mT @ x
+    moment = [torch.eye(4).double(), hessian @ hessian]
+    assert quality([q.mT @ q for q in found], moment) < 1.05
+    assert quality([torch.eye(4), torch.eye(6)], moment) > 2.0
+
+
+def test_an_estimate_that_is_not_finite_is_made_again() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3, bias=False).double()
+    given = {"refresh_interval": 5, "form": "newton"}
+    engine = made("PSGD", net, **{**PLAIN, **given})
+    method = engine.optimizer.method
+    x, y = torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    wanted = []
+    for t in range(8):
+        wanted.append(engine.wants_estimate() is not None)
+        newton_step(engine, x, y, poison=t in (0, 5))
+        assert torch.isfinite(net.weight).all()
+    assert wanted == [True, True, False, False, False, True, True, False]
+    assert method.state_tensors()["weight/0/turns"] == 2
+
+
+def test_a_loop_without_estimates_is_told_so() -> None:
+    net = nn.Linear(4, 3, bias=False)
+    engine = made("PSGD", net, **PLAIN, form="newton")
+    engine.backward(engine(torch.ones(2, 4)).sum(), terms=2)
+    with pytest.raises(RunError, match="needs an estimate"):
+        engine.step()
+
+
+def test_products_mean_nothing_to_whitening() -> None:
+    for given in ({"products": "double_backward"}, {"difference": 1e-2}, {"probe_seed": 1}):
+        with pytest.raises(ValueError, match="without form = newton"):
+            Config(**given)

@@ -128,6 +128,7 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
         "SOPHIA", recipe("fsdp2"), estimator="hutchinson", estimate_interval=1
     ),
     "fsdp2 fp32 lora sophia": other("SOPHIA", recipe("fsdp2", model="tiny-t5", peft=LORA), momentum=0.5),
+    "zero-2 fp32 psgd, newton": other("PSGD", recipe("zero-2"), form="newton", refresh_interval=1),
     "ddp fp32 lora psgd": other("PSGD", recipe("ddp", model="tiny-t5", peft=LORA), momentum=0.5),
     "zero-2 fp32 inverses": recipe("zero-2", params={"apply": "inverse"}),
     "zero-2 bf16 accumulated": recipe("zero-2", "bf16", gas=2),
