@@ -130,8 +130,7 @@ class Pieces:
 
     Args:
         method: the method.
-        view: of a flat tensor of a buffer, its part that is the n-th piece.
-        places: buffer of every piece.
+        places: of every piece its buffer, its first element in that, and its length.
         buffers: the weights.
         states: of the buffers.
         kept: names of what the method keeps of every element.
@@ -142,8 +141,7 @@ class Pieces:
     def __init__(
         self,
         method: EstimatingMethod,
-        view: Callable[[Tensor, int], Tensor],
-        places: Sequence[int],
+        places: Sequence[tuple[int, int, int]],
         buffers: Sequence[Tensor],
         states: Sequence[Mapping[str, Any]],
         kept: Sequence[str],
@@ -154,16 +152,29 @@ class Pieces:
         self.weight = weight
         self._table, self._buffers = table, [buffer.detach() for buffer in buffers]
         self._exchanges: dict[frozenset[str], FragmentExchange] = {}
-        self._view = view
         self._places = list(places)
         self._weights = self._of(self._buffers)
-        self._states = [
-            {name: view(states[place][name], index) for name in kept}
-            for index, place in enumerate(self._places)
-        ]
+        by_name = {name: self._of([state[name] for state in states]) for name in kept}
+        self._states = [{name: by_name[name][n] for name in kept} for n in range(len(self._places))]
+
+    @classmethod
+    def of_spans(
+        cls, method: EstimatingMethod, buffers: Sequence[Tensor], weight: float, table: SpanTable
+    ) -> Pieces:
+        """Those of the parameters that a method with owners takes products of; it keeps nothing of their elements.
+
+        Args:
+            method: the method.
+            buffers: the weights.
+            weight: of this rank in sums over all ranks.
+            table: the layout of all ranks.
+        """
+        spans = table.ranks[collectives.rank()]
+        places = [(s.buffer, s.offset, s.numel) for s in spans if s.name in method.probed and s.numel]
+        return cls(method, places, buffers, [], (), weight, table)
 
     def _of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [self._view(tensors[place], index) for index, place in enumerate(self._places)]
+        return [tensors[buffer].view(-1).narrow(0, at, numel) for buffer, at, numel in self._places]
 
     def probe(self, seed: int, step: int) -> list[Tensor]:
         """Signs at random, one an element: which one depends on seed, step, parameter and unsharded index alone.

@@ -168,33 +168,16 @@ class PartitionOptimizer(torch.optim.Optimizer):
         if isinstance(self.method, ElementwiseMethod):
             self.probing = self.direct = self._pieces_of(self.method)
         elif isinstance(self.method, EstimatingMethod):
-            self.probing = self._probed(self.method)
+            self.probing = Pieces.of_spans(self.method, self._buffers, self._rest_weight, table)
         return table
-
-    def _probed(self, method: EstimatingMethod) -> Pieces:
-        """The pieces of the parameters that a method with owners takes products of."""
-        mine = [s for s in self.table.ranks[collectives.rank()] if s.name in method.probed and s.numel]
-
-        def view(flat: Tensor, index: int) -> Tensor:
-            return self._flat(flat).narrow(0, mine[index].offset, mine[index].numel)
-
-        places = [span.buffer for span in mine]
-        nothing: list[dict[str, Tensor]] = [{} for _ in self._buffers]
-        return Pieces(method, view, places, self._buffers, nothing, (), self._rest_weight, self.table)
 
     def _pieces_of(self, method: ElementwiseMethod) -> ElementwisePieces:
         """The pieces that an elementwise method works on."""
         mine = [piece for piece in self._pieces if piece.rule.kept]
+        places = [(piece.buffer, piece.offset, piece.numel) for piece in mine]
         states = [self.state[buffer] for buffer in self._buffers]
-        places = [piece.buffer for piece in mine]
         kept = next((piece.rule.kept for piece in mine), ())
-
-        def view(flat: Tensor, index: int) -> Tensor:
-            return self._view(flat, mine[index])
-
-        return ElementwisePieces(
-            method, view, places, self._buffers, states, kept, self._rest_weight, self.table
-        )
+        return ElementwisePieces(method, places, self._buffers, states, kept, self._rest_weight, self.table)
 
     def _merge(self, spans: Sequence[Span]) -> list[_Piece]:
         pieces: list[_Piece] = []
