@@ -188,7 +188,8 @@ class Pieces:
             if span.name in self.method.probed and span.numel:
                 signs = out[span.buffer].narrow(0, span.offset, span.numel)
                 noise.add(signs, signs, probe_of(seed, span.name, step), span.start, 1.0)
-        return self._of(out)
+        # What lies between the pieces is given back.
+        return [signs.clone() for signs in self._of(out)]
 
     def _zeros(self) -> list[Tensor]:
         return [torch.zeros_like(flat, requires_grad=False).view(-1) for flat in self._buffers]
@@ -220,7 +221,9 @@ class Pieces:
             vector: in pieces.
             exchange: brings parameters to those who work on them.
         """
-        return exchange.gather(self._flat(vector))
+        found = exchange.gather(self._flat(vector))
+        # A process by itself gets views of what it sent from.
+        return {name: one.clone() for name, one in found.items()} if len(self._table.ranks) == 1 else found
 
     def whole_direction(self, step: int) -> dict[str, Tensor]:
         """The method's direction, flat, by parameter, whole on every rank; collective.

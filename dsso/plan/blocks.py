@@ -56,6 +56,12 @@ class MatrixPlan:
         """Bytes of the blocks on a rank."""
         return 4 * self._totals(rank)[0]
 
+    def answers(self, rank: int) -> int:
+        """Bytes of products with curvature that a rank keeps for its blocks until they are refreshed."""
+        if self.config.products_of_curvature is None:
+            return 0
+        return 4 * sum(self._numel(name) for name, owner in self.owners.items() if owner == rank)
+
     @property
     def largest_unit(self) -> int:
         """Bytes of the blocks of one parameter, at most: they are on one rank."""

@@ -20,7 +20,7 @@ from dsso.plan.ekfac import EkfacPlan
 from dsso.plan.factors import KroneckerPlan
 from dsso.plan.forward import forward_plan
 from dsso.plan.kfac import KfacPlan
-from dsso.plan.layout import layout, traffic
+from dsso.plan.layout import Layout, layout, traffic
 from dsso.plan.model import Survey, survey
 from dsso.plan.remedies import alternatives
 from dsso.plan.report import Operations, Plan, RankBytes, Remedy, StrategyRow, Window, Wire
@@ -119,8 +119,8 @@ def _plan(
         exchange = exchanges[rank] if exchanges else None
         lasting = share.weights + share.masters + state + factors
         measured = first.sums + first.buffers
-        vectors = 4 * share.partition * (config.working if isinstance(config, GradientConfig) else 0)
-        vectors += seen.kept_whole
+        vectors = seen.kept_whole + _vectors(seen, config, share, method)
+        answers = method.answers(rank) if isinstance(method, MatrixPlan) else 0
         # What came out of a window is one more; blocks are copied once to be factorized.
         solving = vectors + 4 * share.partition + seen.kept_whole if vectors else 0
         if getattr(config, "adaptive_damping", None) is not None:
@@ -129,6 +129,7 @@ def _plan(
         in_step = share.averaging
         if exchange is not None:
             in_step = max(in_step, exchange.peak, exchange.owned + first.peak)
+        in_step += answers
         ranks.append(
             RankBytes(
                 weights=share.weights,
@@ -145,9 +146,10 @@ def _plan(
                 refresh=first.refresh,
                 refresh_later=later.refresh,
                 exchange=exchange.peak if exchange else 0,
-                in_pass=lasting + share.passes + share.buckets + measured + vectors,
+                in_pass=lasting + share.passes + share.buckets + measured + max(vectors, answers),
                 in_step=lasting + share.gradients + share.lasting + max(in_step, solving),
                 vectors=vectors,
+                answers=answers,
             )
         )
     sent = traffic(seen, recipe, kind)
@@ -173,6 +175,22 @@ def _plan(
         notes=seen.notes,
         parts="" if method is None else method.parts,
     )
+
+
+def _vectors(seen: Survey, config: Any, share: Layout, method: KroneckerPlan | MatrixPlan | None) -> int:
+    """Bytes that live through windows of estimation, beyond the gradients of any other window."""
+    if not isinstance(config, GradientConfig) or not config.working:
+        return 0
+    numbers, probed = share.partition, {weight.name: weight.numel for weight in seen.trained}
+    if isinstance(method, MatrixPlan):
+        probed = {name: numel for name, numel in probed.items() if name in method.owners}
+        numbers = sum(share.held.get(name, 0) for name in probed)
+    found = 4 * config.working * numbers
+    if config.products_of_curvature == "double_backward":
+        # Every rank has the direction whole, and gradients of nothing but what is probed.
+        found += 4 * sum(probed.values())
+        found -= share.passes - share.passes * sum(probed.values()) // sum(w.numel for w in seen.trained)
+    return found
 
 
 def _rows(

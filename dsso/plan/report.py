@@ -27,6 +27,7 @@ class RankBytes:
         refresh_later: once they are spread.
         exchange: buffers for whole gradients and updates, at most.
         vectors: of a method that solves with products of curvature, while windows of estimation run.
+        answers: products with curvature that owners of blocks keep until they refresh.
         in_pass: everything at the end of the backward pass.
         in_step: everything in the optimizer's step.
         host: what lies in the host's memory instead of the device's, none of it counted above.
@@ -49,6 +50,7 @@ class RankBytes:
     in_pass: int
     in_step: int
     vectors: int = 0
+    answers: int = 0
     host: int = 0
 
     @property

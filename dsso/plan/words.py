@@ -66,6 +66,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         )
     if worst.vectors:
         rows.append(("vectors", worst.vectors, "of the method, while windows of estimation run"))
+    if worst.answers:
+        rows.append(("answers", worst.answers, "products with curvature, until the blocks are refreshed"))
     rows += [
         (
             "buckets",

@@ -127,6 +127,13 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "fsdp2 fp32 sophia, hutchinson": other(
         "SOPHIA", recipe("fsdp2"), estimator="hutchinson", estimate_interval=1
     ),
+    "zero-2 fp32 sophia, hutchinson by double backward": other(
+        "SOPHIA",
+        recipe("zero-2"),
+        estimator="hutchinson",
+        products="double_backward",
+        estimate_interval=1,
+    ),
     "fsdp2 fp32 lora sophia": other("SOPHIA", recipe("fsdp2", model="tiny-t5", peft=LORA), momentum=0.5),
     "zero-2 fp32 psgd, newton": other("PSGD", recipe("zero-2"), form="newton", refresh_interval=1),
     "ddp fp32 lora psgd": other("PSGD", recipe("ddp", model="tiny-t5", peft=LORA), momentum=0.5),
@@ -150,6 +157,9 @@ ONE_RANK: dict[str, dict[str, Any]] = {
     "zero-3 fp32 blocks": recipe("zero-3", params=BLOCKS),
     "fsdp2 fp32 low rank": recipe("fsdp2", params=LOW),
     "single bf16 lora accumulated": recipe("single", "bf16", "tiny-t5", LORA, 2),
+    "single fp32 psgd, newton by double backward": other(
+        "PSGD", recipe("single"), form="newton", products="double_backward", refresh_interval=1
+    ),
 }
 
 
