@@ -48,6 +48,40 @@ def test_rank_one_in_float32_is_no_failure() -> None:
     assert torch.isfinite(found).all()
 
 
+@pytest.mark.parametrize(
+    ("condition", "decomposed"),
+    [
+        (1e1, [torch.float32]),
+        (1.9e4, [torch.float32]),
+        (4e4, [torch.float32, torch.float64]),  # the sum of the squares does not tell
+        (1e7, [torch.float64]),
+    ],
+)
+def test_only_well_conditioned_roots_are_of_float32(
+    condition: float, decomposed: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    basis_DD, _ = torch.linalg.qr(torch.randn(96, 96, dtype=torch.float64))
+    x_DD = (basis_DD * torch.logspace(0, -8, 96, dtype=torch.float64)) @ basis_DD.mT
+    x_DD = ((x_DD + x_DD.mT) / 2).float()
+    w_D, v_DD = torch.linalg.eigh(x_DD.double())
+    exact_DD = (v_DD * (w_D.clamp_min(0.0) + 1 / condition).pow(-0.25)) @ v_DD.mT
+    real, seen = torch.linalg.eigh, []
+
+    def watching(x: torch.Tensor) -> Any:
+        seen.append(x.dtype)
+        return real(x)
+
+    monkeypatch.setattr(torch.linalg, "eigh", watching)
+    found_DD, failed = roots.inverse_root(x_DD.tril(), 0.25, 1 / condition)
+    assert not failed
+    assert seen == decomposed
+    wrong_DD = found_DD.double() - exact_DD
+    assert torch.linalg.matrix_norm(wrong_DD, 2) < 5e-3 * torch.linalg.matrix_norm(exact_DD, 2)
+    gradient_DN = (v_DD * w_D.clamp_min(0.0).sqrt()) @ torch.randn(96, 96, dtype=torch.float64)
+    assert (wrong_DD @ gradient_DN).norm() < 1e-4 * (exact_DD @ gradient_DN).norm()
+
+
 @pytest.mark.parametrize("spoil", [float("nan"), float("inf")])
 def test_what_is_not_finite_fails_quietly(spoil: float) -> None:
     x_DD = torch.eye(5)
