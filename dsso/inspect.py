@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 from tqdm import tqdm
 
 from dsso import checkpoint
@@ -30,34 +31,45 @@ LARGEST_SIDE = 2048
 """Eigenvalues of larger factors are left out unless `--all`: they take minutes."""
 
 
-def inspect(path: Path, quick: bool = False, largest_side: int = LARGEST_SIDE) -> dict[str, Any]:
+def inspect(
+    path: Path, quick: bool = False, largest_side: int = LARGEST_SIDE, against: Path | None = None
+) -> dict[str, Any]:
     """What is in a checkpoint.
 
     Args:
         path: a run, a directory of checkpoints (the newest is taken), or one checkpoint.
         quick: compare no contents with their hashes and compute no eigenvalues.
         largest_side: eigenvalues of factors up to this side are computed.
+        against: another checkpoint of the same model, whose curvature the misfits are measured with.
 
     Returns:
         The description (step, ranks, engine, sizes …), `factors`, a dict for each Kronecker factor or side of a block,
         and `skipped`, what cannot be used.
 
     Raises:
-        RecipeError: no checkpoint is there.
+        RecipeError: no checkpoint is there, or `against` has no curvature of any factor of it.
         RunError: it is damaged.
     """
     directory, skipped = _choose(path, quick)
     found = describe(directory)
     folder = directory / DIRECTORY
+    other = None if against is None else _places(_choose(against, quick, "--against")[0] / DIRECTORY)
     try:
         counters = [
             json.loads(file.read_text(encoding="utf-8"))
             for file in sorted(folder.glob("counters_rank*.json"))
         ]
         state = merge_extra_states(counters)
-        factors = _factors(folder, state, 0 if quick else largest_side)
+        factors = _factors(folder, state, 0 if quick else largest_side, other)
     except Exception as error:
         raise RunError(f"cannot be read ({type(error).__name__}: {error})", where=str(folder)) from error
+    if against is not None and not quick and all(one["misfit"] is None for one in factors):
+        raise RecipeError(
+            "it has no curvature of the same factors or blocks",
+            where="--against",
+            got=str(against),
+            remedy="give a checkpoint of the same model and the same blocks, for PSGD one of Shampoo or SOAP",
+        )
     parameters = found["parameters"]
     sizes: dict[str, int] = {}
     for file in sorted(one for one in directory.rglob("*") if one.is_file()):
@@ -76,12 +88,12 @@ def inspect(path: Path, quick: bool = False, largest_side: int = LARGEST_SIDE) -
     }
 
 
-def _choose(path: Path, quick: bool) -> tuple[Path, list[str]]:
+def _choose(path: Path, quick: bool, where: str = "PATH") -> tuple[Path, list[str]]:
     """The checkpoint that a path means, and what was passed over."""
     sealed = (path / checkpoint.MANIFEST).exists() or path.name.startswith("step_")
     if (path / DIRECTORY / DESCRIPTION).is_file() and not sealed:
         return path, []  # written by a loop of its own: nothing to compare it with
-    place = checkpoint.locate(path, "PATH")
+    place = checkpoint.locate(path, where)
     good: list[Checkpoint] = []
     bad: list[Skipped] = []
     if place.name.startswith("step_") or (place / checkpoint.MANIFEST).exists():
@@ -99,7 +111,7 @@ def _choose(path: Path, quick: bool) -> tuple[Path, list[str]]:
         told.append(f"{one.path.name}: the content of {changed} is not what was written")
     if told:
         raise RunError(f"no checkpoint can be used: {'; '.join(told)}", where=str(place))
-    raise RecipeError("no checkpoint is there", where="PATH", got=str(path))
+    raise RecipeError("no checkpoint is there", where=where, got=str(path))
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -109,7 +121,30 @@ def _product(shape: Sequence[int]) -> int:
     return size
 
 
-def _factors(folder: Path, state: dict[str, Any], largest_side: int) -> list[dict[str, Any]]:
+def _places(folder: Path) -> dict[str, Path]:
+    """Files of a checkpoint with the tensors of its method, by their names."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.glob("method_rank*.safetensors")):
+        with safe_open(file, framework="pt", device="cpu") as archive:
+            found |= dict.fromkeys(archive.keys(), file)
+    return found
+
+
+def _measured(key: str, places: Mapping[str, Path] | None) -> dict[str, Tensor] | None:
+    """What another checkpoint has under that name, and of names below it; None where there is no other."""
+    if places is None:
+        return None
+    found: dict[str, Tensor] = {}
+    for name, file in places.items():
+        if name == key or name.startswith(f"{key}/"):
+            with safe_open(file, framework="pt", device="cpu") as archive:
+                found[name] = archive.get_tensor(name)
+    return found
+
+
+def _factors(
+    folder: Path, state: dict[str, Any], largest_side: int, other: Mapping[str, Path] | None
+) -> list[dict[str, Any]]:
     """One dict a Kronecker factor or side of a block, in the order of their names."""
     owned = {} if state["method"] is None else state["method"]["owned"]
     out = []
@@ -125,10 +160,12 @@ def _factors(folder: Path, state: dict[str, Any], largest_side: int) -> list[dic
                 told = owned.get(holder, {})
                 if holder == key:
                     mine = {n: archive.get_tensor(n) for n in names if n.startswith(f"{key}/")}
-                    found = figures(key, mine, largest_side)
+                    found = figures(key, mine, largest_side, _measured(key, other))
                 else:
                     mine = {n: archive.get_tensor(n) for n in _block_figures.names_of(key, names)}
-                    found = _block_figures.figures(key, mine, bool(told.get("usable")), largest_side)
+                    measured = _measured(_block_figures.moment_of(key), other)
+                    usable = bool(told.get("usable"))
+                    found = _block_figures.figures(key, mine, usable, largest_side, measured)
                 refreshed = told.get("refreshed_at")
                 out.append(
                     {
@@ -159,7 +196,7 @@ def words(found: dict[str, Any]) -> str:
     ]
     lines += [f"  passed over: {one}" for one in found["skipped"]]
     if found["factors"]:
-        head = ("factor", "kind", "sides", "owner", "age", "rank", "mean", "condition", "remarks")
+        head = ("factor", "kind", "sides", "owner", "age", "rank", "mean", "condition", "misfit", "remarks")
         rows = [head, *(_row(factor) for factor in found["factors"])]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines.append("")
@@ -192,6 +229,7 @@ def _row(factor: dict[str, Any]) -> tuple[str, ...]:
         rank,
         f"{factor['mean']:.2e}",
         "-" if factor["condition"] is None else f"{factor['condition']:.2e}",
+        "-" if factor["misfit"] is None else f"{factor['misfit']:.3f}",
         ", ".join(remarks),
     )
 
@@ -215,9 +253,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--all", action="store_true", help=f"eigenvalues of factors beyond a side of {LARGEST_SIDE} as well"
     )
+    parser.add_argument(
+        "--against", type=Path, help="measure misfits with the curvature of this run or checkpoint"
+    )
     given = parser.parse_args(arguments)
     try:
-        found = inspect(given.path, given.quick, 2**62 if given.all else LARGEST_SIDE)
+        found = inspect(given.path, given.quick, 2**62 if given.all else LARGEST_SIDE, given.against)
     except DssoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from dsso.checkpoint import Checkpointer
+from dsso.curvature.quality import misfit
 from dsso.engines import make_optimizer
 from dsso.engines.single import SingleEngine
 from dsso.inspect import inspect, main
@@ -83,6 +84,10 @@ def check_figures(folder: Path, engine: SingleEngine) -> None:
         assert told["condition"] == pytest.approx(float(damped.max() / damped.min()), rel=1e-3)
         assert told["rank"] == int((values > 1e-6 * values.max()).sum())
         assert (told["age"], told["owner"], told["ready"], told["failed"]) == (0, 0, True, False)
+        # of (C + shift)^-1 to C^2, by eigenvalues
+        wanted = math.sqrt(float((values.square() / damped).sum() * damped.sum())) / float(values.sum())
+        suits = None if told["kind"] == "eigenvectors" else pytest.approx(wanted, rel=1e-3)
+        assert told["misfit"] == suits
     # 21 rows in three blocks
     wide = next(factor for factor in found["factors"] if factor["factor"] == "0/a")
     assert wide["sides"] == (7, 7, 7)
@@ -115,6 +120,8 @@ def test_figures_of_blocks(tmp_path: Path, kind: str, capsys: Capture) -> None:
         if told["condition"] is not None:
             assert told["condition"] == pytest.approx(float(torch.linalg.cond(acting)), rel=1e-3)
         assert (told["owner"], told["age"], told["ready"], told["failed"]) == (0, 0, True, False)
+        suits = misfit([acting], [average]) if kind == "SHAMPOO" else None
+        assert told["misfit"] == (None if suits is None else pytest.approx(suits, rel=1e-9))
         own = [tensor for name, tensor in kept.items() if name.startswith(f"{block}/") and name.endswith(dim)]
         assert told["bytes"] == sum(tensor.numel() * 4 for tensor in own)
     # whatever is inverted has a condition number; a second moment of four gradients need not have one
@@ -122,6 +129,41 @@ def test_figures_of_blocks(tmp_path: Path, kind: str, capsys: Capture) -> None:
     assert any(told["condition"] is not None for told in found.values())
     assert main([str(tmp_path / "mine")]) == 0
     assert "0.weight/0/1" in capsys.readouterr().out
+
+
+def test_the_curvature_of_another_run(tmp_path: Path, capsys: Capture) -> None:
+    """PSGD keeps none; K-FAC's suits another batch's worse than its own."""
+    for kind, settings in {"PSGD": {"sides": "all"}, "SOAP": {}, "KFAC": {}}.items():
+        engine = trained(kind, **settings)
+        engine.save_checkpoint(tmp_path, kind, {})
+        if kind == "PSGD":
+            kept = {n: t.double() for n, t in engine.optimizer.method.state_tensors().items()}  # type: ignore[union-attr]
+        elif kind == "SOAP":
+            sums = {n: t.double() for n, t in engine.optimizer.method.state_tensors().items()}  # type: ignore[union-attr]
+    assert {one["misfit"] for one in inspect(tmp_path / "PSGD")["factors"]} == {None}
+    told = inspect(tmp_path / "PSGD", against=tmp_path / "SOAP")["factors"]
+    assert len(told) == 4
+    for one in told:
+        block, _, dim = one["factor"].rpartition("/")
+        q_DD = kept[f"{block}/factor{dim}"]
+        s_DD, (rows, columns) = torch.zeros_like(q_DD), torch.tril_indices(*q_DD.shape)
+        s_DD[rows, columns] = s_DD[columns, rows] = sums[f"{block}/sum{dim}"]
+        assert one["misfit"] == pytest.approx(misfit([q_DD.mT @ q_DD], [s_DD]), rel=1e-9)
+    own = {one["factor"]: one["misfit"] for one in inspect(tmp_path / "KFAC")["factors"]}
+    low = trained(low_rank=3, low_rank_above=10)
+    low.save_checkpoint(tmp_path, "LOW", {})
+    # forms may differ, and the average of a form that leaves something out is another one
+    other = {one["factor"]: one for one in inspect(tmp_path / "KFAC", against=tmp_path / "LOW")["factors"]}
+    assert other["0/a"]["misfit"] > own["0/a"] >= 1
+    assert other["2/g"]["misfit"] == pytest.approx(own["2/g"], rel=1e-3)
+    assert main([str(tmp_path / "PSGD"), "--against", str(tmp_path / "SOAP")]) == 0
+    assert "misfit" in capsys.readouterr().out
+    for wrong, words in {
+        "KFAC": "it has no curvature of the same factors or blocks",
+        "nowhere": "--against: no checkpoint is there",
+    }.items():
+        assert main([str(tmp_path / "PSGD"), "--against", str(tmp_path / wrong)]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_blocks_without_a_preconditioner(tmp_path: Path, capsys: Capture) -> None:

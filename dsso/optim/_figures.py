@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsso.curvature.quality import misfit
 from dsso.linalg import kron, lowrank, triangle
 from dsso.optim._factor import CHOLESKY, INVERSE
 
@@ -40,6 +41,8 @@ class FactorFigures:
     """Numerical rank of the average at 1e-6; None where eigenvalues were not asked for."""
     condition: float | None
     """Largest over smallest eigenvalue of the damped factor as it is factorized."""
+    misfit: float | None = None
+    """What the side contributes to c(P) / c*, see `dsso.curvature.quality`; None where that is not known."""
 
 
 def factor_keys(names: Mapping[str, object]) -> list[str]:
@@ -47,20 +50,21 @@ def factor_keys(names: Mapping[str, object]) -> list[str]:
     return [name.removesuffix("/ready") for name in names if name.endswith("/ready")]
 
 
-def figures(key: str, tensors: Mapping[str, Tensor], largest_side: int) -> FactorFigures:
+def figures(
+    key: str, tensors: Mapping[str, Tensor], largest_side: int, measured: Mapping[str, Tensor] | None = None
+) -> FactorFigures:
     """Figures of one factor.
 
     Args:
         key: of the factor.
         tensors: its tensors, by their full names.
         largest_side: eigenvalues of blocks up to this side are computed.
+        measured: the same factor's tensors of another run or step, whose average stands for the curvature in the
+            misfit; by default its own.
     """
+    blocks = _blocks(key, tensors)
     own = {name.removeprefix(f"{key}/"): tensor for name, tensor in tensors.items()}
     weight = max(float(own["weight"]), kron.TINY)
-    blocks: list[dict[str, Tensor]] = []
-    while any(name.startswith(f"{len(blocks)}/") for name in own):
-        prefix = f"{len(blocks)}/"
-        blocks.append({n.removeprefix(prefix): t.double() for n, t in own.items() if n.startswith(prefix)})
     sides, kinds = [], []
     trace = 0.0
     for block in blocks:
@@ -69,10 +73,11 @@ def figures(key: str, tensors: Mapping[str, Tensor], largest_side: int) -> Facto
         kinds.append("eigenvectors" if "vectors" in block else "dense" if dense else "low rank")
         trace += float(block["diagonal"].sum() if dense else block["trace"])
     ready = bool(own["ready"])
-    rank, condition = None, None
+    rank, condition, found = None, None, None
     if max(sides) <= largest_side:
         rank = _rank(blocks)
         condition = _condition(blocks) if ready else None
+        found = _misfit(blocks, blocks if measured is None else _blocks(key, measured)) if ready else None
     kept = [block["basis"].shape[1] for block in blocks if "basis" in block]
     return FactorFigures(
         " and ".join(sorted(set(kinds))),
@@ -83,7 +88,56 @@ def figures(key: str, tensors: Mapping[str, Tensor], largest_side: int) -> Facto
         trace / (weight * sum(sides)),
         rank,
         condition,
+        found,
     )
+
+
+def _blocks(key: str, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Tensors of the blocks on the diagonal by their short names, in float64."""
+    own = {name.removeprefix(f"{key}/"): tensor for name, tensor in tensors.items()}
+    blocks: list[dict[str, Tensor]] = []
+    while any(name.startswith(f"{len(blocks)}/") for name in own):
+        prefix = f"{len(blocks)}/"
+        blocks.append({n.removeprefix(prefix): t.double() for n, t in own.items() if n.startswith(prefix)})
+    return blocks
+
+
+def _misfit(blocks: list[dict[str, Tensor]], measured: list[dict[str, Tensor]]) -> float | None:
+    """Of the inverse to the curvature C itself, which answers a displacement v with C v: its moment is C^2."""
+    if any("values" in block for block in blocks):
+        return None  # EKFAC has a second moment an element, and no Kronecker structure but in its bases
+    moments = [_average(block) for block in measured]
+    if [len(c_DD) for c_DD in moments] != [len(_average(block)) for block in blocks]:
+        return None
+    return misfit([_inverse(block) for block in blocks], [c_DD @ c_DD for c_DD in moments])
+
+
+def _average(block: dict[str, Tensor]) -> Tensor:
+    """The running sum of one block."""
+    if "diagonal" in block:
+        square_DD = next(block[name] for name in (CHOLESKY, INVERSE, "sum") if name in block)
+        return triangle.symmetric(square_DD, block["diagonal"], torch.float64)
+    basis_DK = block["basis"]
+    rest = lowrank.tail(lowrank.LowRank(basis_DK, block["core"], block["trace"]))
+    return _leading(basis_DK, block["core"] - rest * _eye(len(block["core"]))) + rest * _eye(len(basis_DK))
+
+
+def _inverse(block: dict[str, Tensor]) -> Tensor:
+    """What one block is solved with, as a matrix."""
+    if INVERSE in block:
+        lower_DD = block[INVERSE].tril()
+        return lower_DD + lower_DD.tril(-1).mT
+    if CHOLESKY in block:
+        return torch.cholesky_inverse(block[CHOLESKY].tril())
+    return _leading(block["applied"], block["inverse"]) + block["tail"] * _eye(len(block["applied"]))
+
+
+def _leading(basis_DK: Tensor, core_KK: Tensor) -> Tensor:
+    return basis_DK @ core_KK @ basis_DK.mT
+
+
+def _eye(side: int) -> Tensor:
+    return torch.eye(side, dtype=torch.float64)
 
 
 def _used(block: dict[str, Tensor]) -> int:
@@ -95,9 +149,7 @@ def _rank(blocks: list[dict[str, Tensor]]) -> int:
     values = []
     for block in blocks:
         if "diagonal" in block:
-            square_DD = next(block[name] for name in (CHOLESKY, INVERSE, "sum") if name in block)
-            sum_DD = triangle.symmetric(square_DD, block["diagonal"], torch.float64)
-            values.append(torch.linalg.eigvalsh(sum_DD))
+            values.append(torch.linalg.eigvalsh(_average(block)))
         else:
             side, kept = block["basis"].shape
             form = lowrank.LowRank(block["basis"], block["core"], block["trace"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from dsso.curvature.quality import quality, wishart_moment
+from dsso.curvature.quality import misfit, quality, wishart_moment
 from dsso.errors import RunError
 
 
@@ -36,6 +38,21 @@ def test_it_is_least_at_the_inverse_root() -> None:
         assert quality(near, s) > 1.0
     # A factor may have any scale as long as the other has the inverse.
     assert quality([best[0] * 7, best[1] / 7], s) == pytest.approx(1.0, rel=1e-10)
+
+
+def test_misfits_of_the_sides_are_what_no_scale_can_mend() -> None:
+    p, s = [spd(3, 1), spd(4, 2)], [spd(3, 3), spd(4, 4)]
+    sides = [misfit([one], [other]) for one, other in zip(p, s, strict=True)]
+    assert None not in sides
+    scales = torch.logspace(-2, 2, 4001, dtype=torch.float64)
+    least = min(quality([p[0] * scale, p[1]], s) for scale in scales)
+    assert least == pytest.approx(math.prod(one for one in sides if one), rel=1e-5)
+    assert misfit([root(s[0], -0.5) * 7], [s[0]]) == pytest.approx(1.0, rel=1e-10)
+    # Blocks on the diagonal are one side.
+    whole = misfit([torch.block_diag(*p)], [torch.block_diag(*s)])
+    assert misfit(p, s) == pytest.approx(whole, rel=1e-10)
+    assert misfit([torch.diag(torch.tensor([1.0, 0.0]))], [torch.eye(2)]) is None
+    assert misfit([torch.eye(2)], [torch.zeros(2, 2)]) is None
 
 
 def test_of_a_batch() -> None:
