@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import launched
+
 STEPS, LAST = 200, 50
 VARIANTS: dict[str, list[str]] = {
     "exact": [],
@@ -30,33 +31,17 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
-def run(variant: str, seed: int, out: Path, threads: int) -> list[float]:
+def run(variant: str, seed: int, out: Path) -> list[float]:
     """Training losses of one run, as logged; trains only what is missing."""
-    place = out / f"{variant}_{seed}"
-    if not (place / "summary.json").exists():
-        command = [
-            sys.executable,
-            str(ROOT / "launch" / "train.py"),
-            "--output_dir",
-            str(place),
-            "--overwrite",
-        ]
-        command += ["--ds_config", str(ROOT / "configs" / "kfac_minilm_mrpc_lora.json")]
-        settings = [
-            f"dsso.train.max_steps={STEPS}",
-            f"dsso.train.seed={seed}",
-            f"dsso.train.eval_interval={STEPS}",
-            "dsso.train.log_interval=10",
-            *VARIANTS[variant],
-        ]
-        for setting in settings:
-            command += ["--set", setting]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{variant}, seed {seed}: status {done.returncode}\n{done.stderr[-3000:]}")
-    lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    settings = [
+        f"dsso.train.max_steps={STEPS}",
+        f"dsso.train.seed={seed}",
+        f"dsso.train.eval_interval={STEPS}",
+        "dsso.train.log_interval=10",
+        *VARIANTS[variant],
+    ]
+    found = launched.lines("kfac_minilm_mrpc_lora.json", out / f"{variant}_{seed}", settings)
+    return [line["loss"] for line in found if "loss" in line]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("DSSO_DATA is not set: it names the folder with the data of MRPC")
     jobs = [(variant, seed) for seed in options.seeds for variant in VARIANTS]
     with ThreadPoolExecutor(options.workers) as pool:
-        curves = list(pool.map(lambda job: run(*job, options.out, 1), jobs))
+        curves = list(pool.map(lambda job: run(*job, options.out), jobs))
     ends: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for (variant, _), losses in zip(jobs, curves, strict=True):
         ends[variant].append(fmean(losses[-LAST // 10 :]))
