@@ -4,11 +4,11 @@
     DSSO_DATA=... python tests/bench/lora_sides.py --out runs/sides --quick    # few steps, one seed: it runs
 
 LoRA of rank 8 on all linear layers of the pretrained MiniLM and a classifier, 100 steps of batch 16. With `auto`, the
-default, Shampoo and SOAP (every 10th step) precondition the rank's side alone, with `all` the model's side too, cut at 1,024. The
-learning rate is searched for each of the four by itself, over the same three rates, by the mean training loss of the
-last 30 steps of a run with a seed of its own; the figures are that loss and the validation loss of three further seeds.
-AdamW, searched alike, is the measure. Runs are `launch/train.py`; a finished run is not repeated. The last line is one
-line of JSON.
+default, Shampoo and SOAP (renewed at every 10th step) precondition the rank's side alone, with `all` the model's side
+too, cut at 1,024. The learning rate is searched for each of the four by itself, over the same three rates, by the mean
+training loss of the last 30 steps of a run with a seed of its own; the figures are that loss and the validation loss of
+three further seeds. AdamW, searched alike, is the measure. Runs are `launch/train.py`; a finished run is not repeated.
+The last line is one line of JSON.
 """
 
 from __future__ import annotations
