@@ -91,16 +91,24 @@ def made(kind: str, model: nn.Module, method: str = "MeZO", **settings: Any) -> 
 
 
 def closure(engine: ForwardEngine, step: int, ranks: int, rank: int, together: int = 1) -> Any:
-    """Losses of this rank's share of 8 examples, each in a pass of its own: the share has no say in them."""
+    """Losses of this rank's share of 8 examples, each in a pass of its own: the share has no say in them.
+
+    All ranks make as many passes, because in those of a sharded model they gather weights together.
+    """
     if engine._forward.forward_method.spread:
         ranks, rank = 1, 0
     generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(11, (8, 3), generator=generator)[rank * 8 // ranks : (rank + 1) * 8 // ranks]
+    every = torch.randint(11, (8, 3), generator=generator)
+    shares = [every[r * 8 // ranks : (r + 1) * 8 // ranks].split(together) for r in range(ranks)]
 
     def evaluate() -> Tensor:
         total = torch.zeros(2, dtype=torch.float64)
-        for one in ids.split(together):
+        for number in range(max(map(len, shares))):
+            counts = number < len(shares[rank])
+            one = shares[rank][number] if counts else every[:1]
             logits = engine(one).double().flatten(0, 1)
+            if not counts:
+                continue
             total[0] += nn.functional.cross_entropy(logits, one.roll(1, 1).flatten(), reduction="sum")
             total[1] += one.numel()
         return total
