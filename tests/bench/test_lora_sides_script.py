@@ -12,15 +12,8 @@ from tests.bench import lora_sides
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_benchmark_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = tmp_path / "data" / "sst2"
-    data.mkdir(parents=True)
-    for split in ("train", "validation"):
-        lines = [json.dumps({"label": row % 2, "sentence": f"film {row}"}) for row in range(64)]
-        (data / f"{split}.jsonl").write_text("\n".join(lines))
-    monkeypatch.setenv("DSSO_DATA", str(data.parent))
+@pytest.mark.usefixtures("made_up_sst2")
+def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lora_sides.main(["--out", str(tmp_path / "out"), "--quick", "--workers", "2"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(found) == {"steps", "quick", *lora_sides.VARIANTS}
@@ -28,7 +21,7 @@ def test_the_benchmark_runs(
         assert 0.3 < found[variant]["train"][0] < 1.2
         run = next((tmp_path / "out").glob(f"{variant.replace(', ', '_')}_*"))
         written = json.loads((run / "config.json").read_text())
-        assert written["optimizer"]["params"].get("sides") == (
+        assert written["resolved"]["optimizer"]["params"].get("sides") == (
             settings[1].rpartition("=")[2] if settings[1:] else None
         )
 

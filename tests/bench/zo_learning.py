@@ -18,14 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import launched
+
 FORWARDS, SEARCH_SEED, SEEDS = 600, 100, (0, 1, 2)
 PASSES = {"mezo": 2, "zo_adam": 2, "zo_adamm": 2, "zo_adamu": 2, "hizoo": 3}
 RATES = {
@@ -67,43 +69,28 @@ def own(method: str, steps: int) -> list[str]:
 def run(model: str, method: str, rate: float, seed: int, out: Path, forwards: int) -> float:
     """Validation loss at the end of a run; infinite where it broke off. Trains only what is missing."""
     place, steps = out / f"{model}_{method}_{rate:g}_{seed}_{forwards}", forwards // PASSES[method]
-    if not (place / "summary.json").exists():
-        command = [
-            sys.executable,
-            str(ROOT / "launch" / "train.py"),
-            "--output_dir",
-            str(place),
-            "--overwrite",
-        ]
-        command += ["--ds_config", str(ROOT / "configs" / "mezo_tiny_roberta_full_single.json")]
-        settings = [
-            f"optimizer.type={method}",
-            f"optimizer.params.lr={rate}",
-            "optimizer.params.noise=gaussian",
-            "optimizer.params.directions=1",
-            "optimizer.params.weight_decay=0",
-            *own(method, steps),
-            "train_batch_size=16",
-            "train_micro_batch_size_per_gpu=16",
-            "dsso.task.name=sst2",
-            *MODELS[model],
-            "dsso.task.train_examples=1000",
-            "dsso.task.eval_examples=400",
-            f"dsso.train.max_steps={steps}",
-            f"dsso.train.eval_interval={steps}",
-            f"dsso.train.save_interval={steps}",
-            f"dsso.train.seed={seed}",
-            f"optimizer.params.seed={seed}",
-            "dsso.train.log_interval=10",
-        ]
-        for setting in settings:
-            command += ["--set", setting]
-        done = subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-        )
-        if done.returncode and "not finite" not in done.stderr + done.stdout:
-            raise RuntimeError(f"{place.name}: status {done.returncode}\n{done.stderr[-3000:]}")
-    lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    settings = [
+        f"optimizer.type={method}",
+        f"optimizer.params.lr={rate}",
+        "optimizer.params.noise=gaussian",
+        "optimizer.params.directions=1",
+        "optimizer.params.weight_decay=0",
+        *own(method, steps),
+        "train_batch_size=16",
+        "train_micro_batch_size_per_gpu=16",
+        "dsso.task.name=sst2",
+        *MODELS[model],
+        "dsso.task.train_examples=1000",
+        "dsso.task.eval_examples=400",
+        f"dsso.train.max_steps={steps}",
+        f"dsso.train.eval_interval={steps}",
+        f"dsso.train.save_interval={steps}",
+        f"dsso.train.seed={seed}",
+        f"optimizer.params.seed={seed}",
+        "dsso.train.log_interval=10",
+    ]
+    recipe = "mezo_tiny_roberta_full_single.json"
+    lines = launched.lines(recipe, place, settings, allowed="not finite")
     found = [line["eval"] for line in lines if line.get("eval", {}).get("split") == "validation"]
     return float(found[-1]["metrics"]["loss"]) if found else float("inf")
 
