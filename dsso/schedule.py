@@ -310,6 +310,12 @@ class Interval:
                 )
         return cls(tuple(pairs))
 
+    @property
+    def often(self) -> float:
+        """Times a step in the last segment, 0 to 1."""
+        every = self.segments[-1][1]
+        return 1.0 / every if every else 0.0
+
     def current(self, step: int) -> int | None:
         """Steps between two due steps at `step`; None when it is never due again in this segment."""
         return self.segment(step)[1]

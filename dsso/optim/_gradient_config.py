@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from dsso.clip import ClipMode
 from dsso.config import StrictModel
+from dsso.optim._estimation import Estimation
 from dsso.optim._rules import Rule
 from dsso.schedule import ScalarSchedule, bounded
 
@@ -104,6 +105,15 @@ class GradientConfig(StrictModel):
         """How products with curvature are made; None where there are none."""
         return None
 
+    def estimation(self, scores: int) -> Estimation:
+        """What estimates of curvature ask for in a step on average; here what judges the damping.
+
+        Args:
+            scores: of a loss term.
+        """
+        judged = 0.0 if self.adaptive_damping is None else 1.0 / self.adaptive_damping.interval
+        return Estimation(forwards=4 * judged, displacements=3 * judged)
+
     @model_validator(mode="after")
     def _something_to_adapt(self) -> Self:
         if self.adaptive_tau is not None and self.clip == "none":
@@ -159,6 +169,20 @@ class HessianConfig(GradientConfig):
     """H z by differences: length of the displacement over 1 + the length of all weights that are taken."""
     probe_seed: int = Field(default=0, ge=0)
     """Seed of the probes z of H z."""
+
+    @property
+    def estimates_often(self) -> float:
+        """Estimates that fall on a step in the long run."""
+        raise NotImplementedError
+
+    def estimation(self, scores: int) -> Estimation:
+        """Products with the Hessian, of one window by double backward and of two by differences."""
+        often = self.estimates_often if self.takes_hessian else 0.0
+        if self.products == "double_backward":
+            found = Estimation(windows=often, twice=often, directions=often)
+        else:
+            found = Estimation(windows=2 * often, displacements=2 * often)
+        return super().estimation(scores) + found
 
     @property
     def takes_hessian(self) -> bool:

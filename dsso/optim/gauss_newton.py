@@ -36,6 +36,7 @@ from dsso.errors import RecipeError
 from dsso.linalg.cg import ConjugateGradients, Precondition
 from dsso.optim._elementwise import ElementwiseConfig, ElementwiseMethod
 from dsso.optim._estimating import Estimate, Pieces, State
+from dsso.optim._estimation import Estimation
 from dsso.optim._gradient_config import Products
 from dsso.optim.base import state_like
 from dsso.parallel import collectives
@@ -106,6 +107,16 @@ class Config(ElementwiseConfig):
     def whole_bytes(self, model: nn.Module, taken: Collection[str]) -> int:
         """Of the blocks."""
         return sum(4 * size(layer) ** 2 for layer in self.preconditioned(model, taken))
+
+    def estimation(self, scores: int) -> Estimation:
+        """The gradient, all products that are allowed, and of blocks a window a score."""
+        k, columns = float(self.iterations), 0.0 if self.block_parameters is None else float(scores)
+        found = Estimation(windows=1 + k + columns)
+        if self.products == "double_backward":
+            found += Estimation(twice=k, directions=k)
+        else:
+            found += Estimation(forwards=2 * k, displacements=2 * k)
+        return super().estimation(scores) + found
 
     @property
     def products_of_curvature(self) -> Products:

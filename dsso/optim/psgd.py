@@ -36,6 +36,7 @@ from dsso.clip import ClipMode
 from dsso.linalg.kron import TINY
 from dsso.optim._blocks import BlockCost, MatrixBlocks, Take, fresh
 from dsso.optim._estimating import Estimate, EstimatingMethod, HessianProduct, Pieces, State, probe_of
+from dsso.optim._estimation import Estimation
 from dsso.optim._gradient_config import HessianConfig
 from dsso.optim._matrix import MatrixMethod
 from dsso.optim._matrix_config import MatrixConfig
@@ -75,6 +76,16 @@ class Config(HessianConfig, MatrixConfig):
     """e: numbers of this size relative to the gradient are added to it where Q learns."""
     max_rms: float | None = Field(default=1.1, gt=0)
     """Bound on the root mean square of a block's update; null: none."""
+
+    @property
+    def estimates_often(self) -> float:
+        """Before every refresh, of all blocks together."""
+        return self.refresh_interval.often
+
+    def estimation(self, scores: int) -> Estimation:
+        """A product with the Hessian, brought to the owners."""
+        gathers = self.estimates_often if self.takes_hessian else 0.0
+        return super().estimation(scores) + Estimation(gathers=gathers)
 
 
 def fit(factors: list[Tensor], dims: tuple[int, ...], h: Tensor, v: Tensor, rate: float) -> list[Tensor]:

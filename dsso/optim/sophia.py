@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from dsso.clip import ClipMode
 from dsso.optim._elementwise import ElementwiseConfig, ElementwiseMethod
 from dsso.optim._estimating import Estimate, HessianProduct, Pieces, State
+from dsso.optim._estimation import Estimation
 from dsso.optim._gradient_config import HessianConfig
 from dsso.parallel import collectives
 from dsso.schedule import Interval
@@ -70,6 +71,16 @@ class Config(HessianConfig, ElementwiseConfig):
     """Least divisor."""
     floor: float = Field(default=0.01, ge=0, lt=1)
     """Elements of h below this share of the mean size of all count as that; 0: as published."""
+
+    @property
+    def estimates_often(self) -> float:
+        """By the last segment of the interval."""
+        return self.estimate_interval.often
+
+    def estimation(self, scores: int) -> Estimation:
+        """One window at sampled labels, or what a product with the Hessian takes."""
+        sampled = 0.0 if self.takes_hessian else self.estimates_often
+        return super().estimation(scores) + Estimation(windows=sampled)
 
 
 class Method(ElementwiseMethod):

@@ -11,7 +11,6 @@ from dsso.optim._matrix_config import MatrixConfig
 from dsso.plan.exchange import Exchange, exchanges
 from dsso.plan.model import Survey
 from dsso.plan.report import Window
-from dsso.schedule import Interval
 
 
 class MatrixPlan:
@@ -91,7 +90,7 @@ class MatrixPlan:
     @property
     def often(self) -> tuple[float, float]:
         """Measurements and refreshes of everything that fall on a step in the long run."""
-        return 0.0, _share(self.config.refresh_interval)
+        return 0.0, self.config.refresh_interval.often
 
     def measure_flops(self, rows: Mapping[str, int]) -> float:
         """Nothing is measured."""
@@ -106,8 +105,3 @@ class MatrixPlan:
     def apply_flops(self) -> float:
         """Operations of the busiest rank in a step without a refresh."""
         return max(2 * self._totals(rank)[2] for rank in range(self.world_size))
-
-
-def _share(interval: Interval) -> float:
-    every = interval.segments[-1][1]
-    return 1.0 / every if every else 0.0

@@ -12,11 +12,13 @@ class Exchange:
 
     Attributes:
         sent: bytes to other ranks in a step, gradients and updates.
+        gathered: those of them that are gradients.
         peak: most bytes of its buffers at one time.
         owned: those of them that stay from the first exchange to the end of the step.
     """
 
     sent: int
+    gathered: int
     peak: int
     owned: int
 
@@ -32,7 +34,7 @@ def exchanges(
         held: of every rank, elements of each trained parameter in its optimizer's buffers.
     """
     world = len(held)
-    sent, packed, owned, counted = ([0] * world for _ in range(4))
+    sent, back, packed, owned, counted = ([0] * world for _ in range(5))
     answered, mine = [0] * world, [0] * world
     for name, ranks in workers.items():
         counted[ranks[0]] += sizes[name]
@@ -48,7 +50,7 @@ def exchanges(
             piece = held[holder].get(name, 0)
             worker = holder if holder in ranks else ranks[holder % len(ranks)]
             answered[worker] += piece
-            sent[worker] += piece * (holder != worker)
+            back[worker] += piece * (holder != worker)
             mine[holder] += piece
     out = []
     for r in range(world):
@@ -56,5 +58,7 @@ def exchanges(
         gather = packed[r] + (1 + received) * owned[r]
         norms = 2 * owned[r] + 2 * counted[r]
         scatter = 2 * owned[r] + answered[r] + received * mine[r]
-        out.append(Exchange(4 * sent[r], 4 * max(gather, norms, scatter), 4 * owned[r]))
+        out.append(
+            Exchange(4 * (sent[r] + back[r]), 4 * sent[r], 4 * max(gather, norms, scatter), 4 * owned[r])
+        )
     return out

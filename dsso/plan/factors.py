@@ -76,11 +76,7 @@ class KroneckerPlan(ABC):
     @property
     def often(self) -> tuple[float, float]:
         """Measurements and factorizations of everything that fall on a step in the long run."""
-        measured, made = (
-            interval.segments[-1][1]
-            for interval in (self.config.factor_interval, self.config.inverse_interval)
-        )
-        return 1.0 / measured if measured else 0.0, 1.0 / made if made else 0.0
+        return self.config.factor_interval.often, self.config.inverse_interval.often
 
     # -- what a method says -------------------------------------------------------------------------------------
 

@@ -58,10 +58,14 @@ class Traffic:
     Attributes:
         gradients: reduced.
         weights: gathered.
+        forward: gathered by the forward passes of a window alone.
+        moved: gathered after weights have been written, so that the model computes with them.
     """
 
     gradients: int
     weights: int
+    forward: int = 0
+    moved: int = 0
 
 
 def layout(survey: Survey, recipe: ResolvedRecipe, engine: str, rank: int) -> Layout:
@@ -255,17 +259,17 @@ def traffic(survey: Survey, recipe: ResolvedRecipe, engine: str) -> Traffic:
     if engine == "fsdp2":
         root = sum(w.numel for w in survey.weights if w.unit < 0)
         reduced = 4 * n * (1 if holds_gradients(survey, world) else gas)
-        return Traffic(reduced, b * gas * (2 * survey.total - root))
+        return Traffic(reduced, b * gas * (2 * survey.total - root), b * gas * survey.total)
     if engine == "zero-0":
         return Traffic(sent * n, 0)
     if engine == "zero-3":
         threshold = int(_zero(recipe, "stage3_param_persistence_threshold", _PERSISTENT))
         small = [w for w in survey.weights if w.numel <= threshold]
         stepped = sum(w.numel for w in small if w.trained)
-        gathered = 2 * gas * (survey.total - sum(w.numel for w in small))
-        return Traffic(sent * n * gas, b * (gathered + stepped))
+        forward = gas * (survey.total - sum(w.numel for w in small))
+        return Traffic(sent * n * gas, b * (2 * forward + stepped), b * forward, b * stepped)
     reduced = 4 * n if keeps_all_in_fp32(recipe, engine) else sent * n * (gas if engine == "zero-2" else 1)
-    return Traffic(reduced, b * n)
+    return Traffic(reduced, b * n, moved=b * n)
 
 
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "bfp16": "bfloat16"}

@@ -96,6 +96,7 @@ class Survey:
         checkpointing: activations are recomputed in the backward pass.
         notes: what the user should know.
         kept_whole: bytes of matrices that every rank keeps whole while a step is solved for.
+        classes: scores of a loss term, of a model that classifies.
     """
 
     weights: tuple[Weight, ...]
@@ -108,6 +109,7 @@ class Survey:
     notes: tuple[str, ...] = ()
     matrices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     kept_whole: int = 0
+    classes: int = 1
 
     @property
     def trained(self) -> list[Weight]:
@@ -181,8 +183,6 @@ def survey(model: nn.Module, config: Any, example: Mapping[str, Any] | None = No
     if isinstance(config, ElementwiseConfig):
         elementwise = choose(model, config.exclude, "the method")
         rest, kept_whole = elementwise.rest, config.whole_bytes(model, elementwise.taken)
-    if isinstance(config, ElementwiseConfig) or getattr(config, "products_of_curvature", None) is not None:
-        notes = ("windows of estimation, one more forward and backward pass each, are in no figure",)
     return Survey(
         weights,
         _linears(model),
@@ -194,6 +194,7 @@ def survey(model: nn.Module, config: Any, example: Mapping[str, Any] | None = No
         notes,
         matrices,
         kept_whole,
+        int(getattr(settings, "num_labels", 1)),
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from dsso.errors import RecipeError
 from dsso.optim import ekfac, is_forward, kfac
 from dsso.optim._elementwise import ElementwiseConfig
+from dsso.optim._estimation import Estimation
 from dsso.optim._gradient_config import GradientConfig
 from dsso.optim._kronecker_config import KroneckerConfig
 from dsso.optim._matrix_config import MatrixConfig
@@ -23,7 +24,8 @@ from dsso.plan.kfac import KfacPlan
 from dsso.plan.layout import Layout, layout, traffic
 from dsso.plan.model import Survey, survey
 from dsso.plan.remedies import alternatives
-from dsso.plan.report import Operations, Plan, RankBytes, Remedy, StrategyRow, Window, Wire
+from dsso.plan.report import Operations, Plan, RankBytes, Remedy, StrategyRow, Window
+from dsso.plan.wire import of_estimates, on_the_wire
 from dsso.recipe import Recipe, ResolvedRecipe, load_recipe
 
 STRATEGIES: tuple[Strategy, ...] = ("communication_optimal", "hybrid_optimal", "memory_optimal")
@@ -153,7 +155,10 @@ def _plan(
             )
         )
     sent = traffic(seen, recipe, kind)
-    wire = _wire(sent.gradients, sent.weights, method, max((e.sent for e in exchanges or ()), default=0))
+    estimation = config.estimation(seen.classes) if isinstance(config, GradientConfig) else Estimation()
+    wire = on_the_wire(
+        sent, method, exchanges or (), of_estimates(estimation, sent, seen, shares, exchanges or ())
+    )
     return Plan(
         engine=kind,
         world_size=world,
@@ -169,7 +174,7 @@ def _plan(
         sent_in_pass=method is not None and method.sent_in_pass,
         all_until=None if method is None else method.all_until,
         wire=wire,
-        operations=_operations(seen, recipe, method),
+        operations=_operations(seen, recipe, method, estimation),
         gpu_bytes=gpu_bytes,
         rows=tuple(_rows(seen, recipe, method)),
         notes=seen.notes,
@@ -232,25 +237,11 @@ def _moments(seen: Survey, recipe: ResolvedRecipe) -> dict[str, tuple[str, ...]]
     return {weight.name: base if weight.name in seen.rest else own for weight in seen.trained}
 
 
-def _wire(gradients: int, weights: int, method: KroneckerPlan | MatrixPlan | None, exchange: int) -> Wire:
-    if method is None:
-        return Wire(gradients, weights, per_step=gradients + weights)
-    measured, made = method.often
-    statistics, bases, sent = method.statistics_wire, method.bases_wire, method.factorizations_wire
-    total = gradients + weights + exchange + measured * (statistics + bases) + made * sent
-    return Wire(
-        gradients=gradients,
-        weights=weights,
-        exchange=exchange,
-        statistics=statistics,
-        bases=bases,
-        factorizations=sent,
-        per_step=int(total),
-    )
-
-
 def _operations(
-    seen: Survey, recipe: ResolvedRecipe, method: KroneckerPlan | MatrixPlan | None
+    seen: Survey,
+    recipe: ResolvedRecipe,
+    method: KroneckerPlan | MatrixPlan | None,
+    estimation: Estimation,
 ) -> Operations:
     """Of a rank's examples at full length."""
     task, examples = recipe.dsso.task, recipe.micro_batch * recipe.gas
@@ -259,8 +250,10 @@ def _operations(
     gradients = sum(2.0 * one.size * rows[one.side] for one in seen.linears if one.trained)
     # Gradients of inputs run back through frozen layers as well.
     training = forward * (3 if seen.checkpointing else 2) + gradients
+    estimates = (estimation.windows + estimation.twice) * training + estimation.forwards * forward
     if method is None:
-        return Operations(training=training)
+        share = estimates / training if training else 0.0
+        return Operations(training=training, estimates=estimates, share=share)
     measured, made = method.often
     if isinstance(method, KroneckerPlan):
         if method.config.approximation == "reduce":
@@ -268,12 +261,13 @@ def _operations(
         else:
             rows = {side: -(-count // method.config.token_stride) for side, count in rows.items()}
     measure, refresh, apply = method.measure_flops(rows), max(method.refresh_flops), method.apply_flops
-    extra = apply + measured * measure + made * refresh
+    extra = apply + measured * measure + made * refresh + estimates
     return Operations(
         training=training,
         apply=apply,
         measure=measure,
         refresh=refresh,
+        estimates=estimates,
         share=extra / training if training else 0.0,
     )
 

@@ -97,6 +97,7 @@ class Wire:
         statistics: a rank hands to the reductions to owners, per measurement of all factors.
         bases: broadcast, per measurement of all factors: what low-rank forms are measured against.
         factorizations: the busiest rank sends to other appliers, per factorization of all factors.
+        estimates: for estimates of curvature: windows, displaced weights, vectors; per step on average.
         per_step: all of it, averaged over the schedule's last intervals.
         losses: handed to the reductions per step, by methods from forward passes; a few numbers.
     """
@@ -107,6 +108,7 @@ class Wire:
     statistics: int = 0
     bases: int = 0
     factorizations: int = 0
+    estimates: int = 0
     per_step: int = 0
     losses: int = 0
 
@@ -120,7 +122,8 @@ class Operations:
         apply: preconditioning, per step.
         measure: one measurement of all factors.
         refresh: one factorization of all factors.
-        share: all that K-FAC adds to `training`, averaged over the schedule's last intervals.
+        estimates: passes for estimates of curvature, per step on average.
+        share: all that the method adds to `training`, averaged over the schedule's last intervals.
         passes: forward passes a rank makes of every micro-batch in a step, where there are no others; else 0.
     """
 
@@ -128,6 +131,7 @@ class Operations:
     apply: float = 0.0
     measure: float = 0.0
     refresh: float = 0.0
+    estimates: float = 0.0
     share: float = 0.0
     passes: int = 0
 

@@ -120,6 +120,8 @@ def _traffic(plan: Plan) -> Iterator[str]:
             if wire.bases:
                 yield f"  {'bases':<12}{size(wire.bases):>13}  a measurement of all factors, of low-rank forms"
             yield f"  {'factors':<12}{size(wire.factorizations):>13}  a refresh, factorizations to other appliers"
+    if wire.estimates:
+        yield f"  {'estimates':<12}{size(wire.estimates):>13}  a step on average, for curvature by windows of its own"
     yield f"  {'in all':<12}{size(wire.per_step):>13}  a step on average, by the schedule's last intervals"
 
 
@@ -133,6 +135,9 @@ def _work(plan: Plan) -> Iterator[str]:
         if plan.strategy:
             yield f"  {'measure':<12}{_flops(work.measure):>15}  all factors once"
         yield f"  {'refresh':<12}{_flops(work.refresh):>15}  all {plan.parts} once, on the busiest rank"
+    if work.estimates:
+        yield f"  {'estimates':<12}{_flops(work.estimates):>15}  a step on average, windows of estimation"
+    if plan.factors or work.estimates:
         yield f"  {'in all':<12}{100 * work.share:>13.2f} %  of training, by the schedule's last intervals"
 
 

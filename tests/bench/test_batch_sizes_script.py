@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from tests.bench import batch_sizes, results_file
+from tests.bench import batch_sizes, pair_runs, results_file
 
-FIRST = batch_sizes.Case("mrpc", "KFAC", 8, 0, batch_sizes.TUNED)
+FIRST = pair_runs.Case("mrpc", "KFAC", 8, {}, 0.1)
 
 
 def losses(by_rung):
@@ -35,21 +35,21 @@ def losses(by_rung):
 )
 def test_a_grid_grows_until_the_best_is_inside(by_rung, best, asked):
     run, found = losses(by_rung)
-    assert batch_sizes.tune(FIRST, run, "validation_loss") == best
+    assert pair_runs.tune(FIRST, run, "validation_loss") == best
     assert found == asked
 
 
 def test_rates_are_half_decades_apart():
-    rates = [batch_sizes.Case("mrpc", "AdamW", 8, rung, 0).lr for rung in (-1, 0, 1, 2)]
+    rates = [pair_runs.Case("mrpc", "AdamW", 8, {}, 1e-3, rung).lr for rung in (-1, 0, 1, 2)]
     assert rates == [3.16e-4, 1e-3, 3.16e-3, 1e-2]
 
 
 def test_batches_are_whole_and_meet_every_example_once_a_pass():
-    found = list(batch_sizes.batches(10, 3, 2, 0))
+    found = list(pair_runs.batches(10, 3, 2, 0))
     assert [len(one) for one in found] == [3] * 6
     for passed in (found[:3], found[3:]):
         assert len({int(i) for one in passed for i in one}) == 9
-    assert [len(one) for one in batch_sizes.batches(10, 10, 2, 0)] == [10, 10]
+    assert [len(one) for one in pair_runs.batches(10, 10, 2, 0)] == [10, 10]
 
 
 def test_the_script_runs_and_goes_on_where_it_was_stopped(command, tmp_path, capsys):
