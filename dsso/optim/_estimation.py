@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,4 @@ class Estimation:
 
     def __add__(self, other: Estimation) -> Estimation:
         """Both."""
-        return Estimation(
-            self.windows + other.windows,
-            self.twice + other.twice,
-            self.forwards + other.forwards,
-            self.displacements + other.displacements,
-            self.directions + other.directions,
-            self.gathers + other.gathers,
-        )
+        return Estimation(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))

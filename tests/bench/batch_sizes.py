@@ -33,7 +33,6 @@ import pair_runs  # noqa: E402
 import results_file  # noqa: E402
 from pair_runs import FULL, Case, Run, words  # noqa: E402
 
-from dsso.plots import COLOURS, STYLES  # noqa: E402
 from dsso.results import text_table  # noqa: E402
 
 BATCHES = (8, 128, FULL)
@@ -119,15 +118,9 @@ def _course(
     """A method's means over the batches, the ranges of its seeds as bars."""
     method = list(METHODS)[index]
     own = [one for one in cells if (one["task"], one["method"]) == (task, method)]
-    seeds = [one[key]["values"] for one in own]
-    middle = [fmean(values) for values in seeds]
-    # the mean of equal values may be above them by a rounding
-    below = [max(0.0, m - min(values)) for m, values in zip(middle, seeds, strict=True)]
-    above = [max(0.0, max(values) - m) for m, values in zip(middle, seeds, strict=True)]
     # side by side, so that bars of equal height do not hide each other
     place = [batches.index(one["batch"]) + 0.08 * (index - 1) for one in own]
-    look = {"color": COLOURS[index], "linestyle": STYLES[index], "marker": "os^"[index]}
-    axis.errorbar(place, middle, [below, above], label=method, capsize=3, **look)
+    pair_runs.bars(axis, place, [one[key]["values"] for one in own], method, index)
 
 
 def summary(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:

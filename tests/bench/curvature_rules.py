@@ -36,7 +36,6 @@ import pair_runs  # noqa: E402
 import results_file  # noqa: E402
 from pair_runs import FULL, Case, Run, words  # noqa: E402
 
-from dsso.plots import COLOURS, STYLES  # noqa: E402
 from dsso.results import text_table  # noqa: E402
 
 SHARES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -159,13 +158,8 @@ def draw(answers: Sequence[dict[str, Any]], file: Path) -> None:
 
 def _courses(axis: Any, answers: Sequence[dict[str, Any]], rule: str, title: str, label: str) -> None:
     for index, (name, course) in enumerate(courses(answers, rule).items()):
-        middle = [fmean(one["values"]) for one in course]
-        # the mean of equal values may be above them by a rounding
-        below = [max(0.0, m - min(one["values"])) for m, one in zip(middle, course, strict=True)]
-        above = [max(0.0, max(one["values"]) - m) for m, one in zip(middle, course, strict=True)]
-        look = {"color": COLOURS[index], "linestyle": STYLES[index], "marker": "os^v"[index]}
-        places = range(len(course))
-        axis.errorbar(places, middle, [below, above], label=name.partition("/")[2], capsize=3, **look)
+        seeds = [one["values"] for one in course]
+        pair_runs.bars(axis, range(len(course)), seeds, name.partition("/")[2], index)
     axis.set_title(title, loc="left", fontsize=9.5)
     axis.set_xlabel(label)
 

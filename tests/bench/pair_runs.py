@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 import pair_features
@@ -27,6 +28,7 @@ from torch import Tensor
 from dsso.engines import make_optimizer
 from dsso.engines.single import SingleEngine
 from dsso.optim import resolve
+from dsso.plots import COLOURS, STYLES
 from dsso.recipe_models import BASELINES
 
 FULL = 0
@@ -193,6 +195,26 @@ def all_of(cells: Sequence[Cell], work: Callable[[Cell, Run], T], path: Path, jo
     ):
         runs = Runs(path, processes)
         return list(threads.map(lambda cell: work(cell, runs), cells))
+
+
+def bars(
+    axis: Any, places: Sequence[float], seeds: Sequence[Sequence[float]], label: str, index: int
+) -> None:
+    """A course of means over seeds, their ranges as bars.
+
+    Args:
+        axis: matplotlib's.
+        places: abscissae.
+        seeds: values at each of them.
+        label: of the course.
+        index: which one it is, 0 to 3.
+    """
+    middle = [fmean(values) for values in seeds]
+    # the mean of equal values may be above them by a rounding
+    below = [max(0.0, m - min(values)) for m, values in zip(middle, seeds, strict=True)]
+    above = [max(0.0, max(values) - m) for m, values in zip(middle, seeds, strict=True)]
+    look = {"color": COLOURS[index], "linestyle": STYLES[index], "marker": "os^v"[index]}
+    axis.errorbar(places, middle, [below, above], label=label, capsize=3, **look)
 
 
 def arguments(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace | None:
