@@ -91,7 +91,7 @@ def _panels(table: Table, paths: Sequence[str]) -> Figure:
     """A panel for each variable: a line where it is the only one, else a cloud of settings."""
     from matplotlib.figure import Figure
 
-    columns = min(_COLUMNS, len(paths))
+    columns = 2 if len(paths) == 4 else min(_COLUMNS, len(paths))
     rows = math.ceil(len(paths) / columns)
     width = 5.6 if columns == 1 else 4.4 * columns
     figure = Figure(figsize=(width, 3.5 * rows + 0.3), dpi=130, layout="constrained")
@@ -129,13 +129,14 @@ def _against(axis: Axes, table: Table, path: str, line: bool) -> None:
     above = [(one.metric.high or 0.0) - value for one, value in zip(known, y, strict=True)]
     # the median of seeds of which some diverged may lie outside the range of the others
     bars = [[max(0.0, value) for value in side] for side in (below, above)]
+    if line:
+        _line(axis, table, path, place)
     axis.errorbar(
         x,
         y,
         bars,
         color=COLOURS[0],
-        linestyle="-" if line else "none",
-        linewidth=1.8,
+        linestyle="none",
         elinewidth=1.0,
         marker="o",
         markersize=5 if line else 4,
@@ -161,6 +162,13 @@ def _against(axis: Axes, table: Table, path: str, line: bool) -> None:
         )
     axis.grid(True, color="#DDDDDD", linewidth=0.6)
     axis.set_axisbelow(True)
+
+
+def _line(axis: Axes, table: Table, path: str, place: dict[str, float]) -> None:
+    """Through the medians, with a gap where a setting has none."""
+    every = sorted((place[json.dumps(one.values[path])], one.metric.median) for one in table.settings)
+    heights = [math.nan if value is None else value for _, value in every]
+    axis.plot([x for x, _ in every], heights, color=COLOURS[0], linewidth=1.8)
 
 
 def _point(one: Setting, path: str, place: dict[str, float]) -> tuple[float, float]:

@@ -166,7 +166,8 @@ def _name(names: Mapping[str, str], values: Mapping[str, Any], seed: int | None)
     """A directory's name that tells the values, and a digest of them where the text alone may not tell them apart."""
     parts, whole = [], True
     for path, value in values.items():
-        text = json.dumps(value)
+        number = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+        text = json.dumps(int(value) if number else value)
         if isinstance(value, str) and re.fullmatch(r"[A-Za-z]\w*", value) and not _is_json(value):
             text = value
         safe = re.sub(r"[^A-Za-z0-9.+_-]+", "_", text).strip("_")[:32]
