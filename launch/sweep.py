@@ -28,13 +28,23 @@ ROOT = Path(__file__).resolve().parent.parent
 # As in train.py: names in launch/ would hide modules of the same name elsewhere.
 sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place or ".").resolve() != ROOT / "launch")]
 
-from dsso.errors import DssoError, RecipeError, RunError  # noqa: E402
-from dsso.results import text_table  # noqa: E402
-from dsso.sweep.format import SweepFile, read, short_names  # noqa: E402
-from dsso.sweep.points import Point, points  # noqa: E402
-from dsso.sweep.record import LOG, Ending, agree, directory, ending, open_directory  # noqa: E402
-from dsso.sweep.table import number, read_table, shown  # noqa: E402
-from launch.sweep_run import Busy, Signals, run_point  # noqa: E402
+try:
+    from dsso.errors import DssoError, RecipeError, RunError
+    from dsso.results import text_table
+    from dsso.sweep.format import SweepFile, read, short_names
+    from dsso.sweep.points import Point, points
+    from dsso.sweep.record import LOG, Ending, agree, directory, ending, open_directory
+    from dsso.sweep.table import number, read_table, shown
+    from launch.sweep_run import Busy, Signals, run_point
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] in {"dsso", "launch"}:
+        raise
+    print(
+        f"error: {sys.executable} has no package {error.name!r}\n"
+        "  remedy: activate the environment that launch/train.py runs in, see docs/guide.md",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 ARRAY_MOST = 1001
 """Slurm's default MaxArraySize."""
