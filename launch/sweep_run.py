@@ -205,7 +205,8 @@ def _watch(
             if time.monotonic() > deadline:
                 send(process.pid, signal.SIGKILL)
             continue
-        with contextlib.suppress(FileNotFoundError):
+        # What cannot be read now, because it is being written, is read again when there is more, and at the end.
+        with contextlib.suppress(FileNotFoundError, RecipeError):
             state = path.stat()
             if seen != (state.st_mtime, state.st_size):
                 seen = (state.st_mtime, state.st_size)
@@ -240,7 +241,10 @@ def _copy(said: Any) -> None:
 
 def _judged(folder: Path, rule: Diverged | None, status: int, start: int, signum: int | None) -> Ending:
     """How a run that has ended did so: by its log first, so that it makes no difference when it was looked at."""
-    reason = why_diverged(folder, rule)
+    try:
+        reason = why_diverged(folder, rule)
+    except RecipeError as error:
+        return Ending("failed", " ".join(str(error).split()), status)
     if reason:
         return Ending("diverged", reason, status)
     if (folder / "summary.json").exists() and status == 0:

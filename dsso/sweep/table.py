@@ -167,15 +167,24 @@ def read_table(out: Path, metric: str | None = None, target_loss: float | None =
         RecipeError: the directory is not that of a sweep, or no run has such a metric.
     """
     kept = recorded(out)
-    runs = {one["name"]: read_point(directory(out, one["name"])) for one in kept.points}
+    problems: list[str] = []
+    damaged: set[str] = set()
+    runs: dict[str, Run | None] = {}
+    for one in kept.points:
+        try:
+            runs[one["name"]] = read_point(directory(out, one["name"]))
+        except RecipeError as error:
+            runs[one["name"]] = None
+            damaged.add(one["name"])
+            problems.append(f"{one['name']}: left out: {' '.join(str(error).split())}")
     seen = [run for run in runs.values() if run is not None]
     metric = _metric(metric, seen)
-    problems = [text for run in seen for text in run.warnings]
+    problems += [text for run in seen for text in run.warnings]
     groups: dict[str, list[Seed]] = {}
     values: dict[str, dict[str, Any]] = {}
     for one in kept.points:
         name = one["name"]
-        how = ending(directory(out, name))
+        how = Ending("failed") if name in damaged else ending(directory(out, name))
         if how.reason:
             problems.append(f"{name}: {how.state}: {how.reason}")
         key = json.dumps(one["values"], sort_keys=True)

@@ -136,6 +136,15 @@ def test_a_sweep_that_has_not_begun_has_a_table(tmp_path: Path, capfd: pytest.Ca
     assert "no setting has ended yet" in capfd.readouterr().err
 
 
+def test_a_run_whose_files_are_damaged_is_left_out(mixed: Path) -> None:
+    (directory(mixed, "lr=0.1,seed=0") / "summary.json").write_text("{")
+    found = read_table(mixed)
+    assert "lr=0.1,seed=0: left out" in found.problems[0]
+    well = next(one for one in found.settings if one.values[LR] == 0.1)
+    assert (well.metric.median, well.metric.low) == pytest.approx((0.615, 0.61))
+    assert well.ended == "2 finished, 1 failed"
+
+
 def finished(folder: Path, seeds: int = 1, **keys: Any) -> Table:
     """The table of a sweep whose best setting is in the middle, with one setting that diverged."""
     out, found = open_sweep(folder, **keys, seeds=list(range(seeds)))
