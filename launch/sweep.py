@@ -120,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _read(options: argparse.Namespace) -> tuple[SweepFile, list[Point]]:
@@ -209,10 +209,11 @@ def _all(
     told = "".join(f", {count} {state} before" for state, count in sorted(known.items()))
     print(f"{len(found)} points{told}; {sum(not how.final for how in before)} to run", flush=True)
     bad = 0
-    for point, was in zip(found, before, strict=True):
+    for point in found:
+        folder = directory(out, point.name)
+        was = ending(folder)
         if was.final:
             continue
-        folder = directory(out, point.name)
         begin = f"{point.index + 1}/{len(found)} {point.name}"
         print(f"{begin}: {'started' if was.state == 'missing' else 'going on'}", flush=True)
         since = time.monotonic()
