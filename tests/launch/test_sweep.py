@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,6 +172,26 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
     while stubbed(path, out, "--index", 0) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert states(out) == {"lr=0.1": "finished", "lr=0.7": "finished"}
+
+
+def test_a_run_that_does_not_stop_is_made_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.sweep_run.GRACE_SECONDS", 0.2)
+    path, out = write_sweep(tmp_path, grid={LR: [0.6]}, **rule()), tmp_path / "out"
+    assert stubbed(path, out) == 0
+    assert states(out) == {"lr=0.6": "diverged"}
+    assert ending(out / "points" / "lr=0.6").status == 128 + signal.SIGKILL
+
+
+def test_ranks_that_outlive_their_launcher_are_waited_for(tmp_path: Path, capfd: Capture) -> None:
+    script = tmp_path / "launcher.sh"
+    script.write_text(f'echo "port $1"; shift; (sleep 0.3; exec {STUB} "$@") & exit 0\n')
+    path, out = write_sweep(tmp_path, grid={LR: [0.1]}), tmp_path / "out"
+    words = ["run", path, "--out", out, "--launcher", f"bash {script} {{port}}"]
+    assert sweep(*words, "--index", 0) == 0
+    assert states(out) == {"lr=0.1": "finished"}
+    told = capfd.readouterr().out
+    assert re.search(r"^port \d{4,5}$", told, re.MULTILINE)
+    assert "stub: lr 0.1" in told
 
 
 def test_another_sweep_file_is_refused_where_points_differ(tmp_path: Path, capfd: Capture) -> None:
