@@ -17,6 +17,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -48,6 +49,8 @@ except ModuleNotFoundError as error:
 
 ARRAY_MOST = 1001
 """Slurm's default MaxArraySize."""
+OUT_OF_TIME = 128 + signal.SIGUSR1
+"""Exit status of a run whose job is to be queued again."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -225,10 +228,11 @@ def _all(
         seconds = time.monotonic() - since
         log = "" if how.final else f" ({folder / LOG})"
         print(f"{begin}: {how.state} after {seconds:.1f} s{_because(how)}{log}", flush=True)
-        if signals.signum is not None:
+        status = how.status or 0
+        # A run that leaves so by itself does it because the time of the job is up.
+        if signals.signum is not None or status == OUT_OF_TIME:
             print("the sweep was stopped; the same command goes on", flush=True)
-            status = how.status or 0
-            return status if status > 128 else 128 + signals.signum
+            return status if status > 128 or signals.signum is None else 128 + signals.signum
         bad += not how.final
     print()
     print(text_table(read_table(out).rows()))

@@ -54,8 +54,8 @@ class Signals:
 
     def __enter__(self) -> Self:
         for one in FORWARDED:
-            # What the caller ignores (nohup: SIGHUP) stays ignored.
-            if signal.getsignal(one) is not signal.SIG_IGN:
+            # With nohup, a closed terminal is to make no difference.
+            if one != signal.SIGHUP or signal.getsignal(one) is not signal.SIG_IGN:
                 self._old[one] = signal.signal(one, self._heard)
         return self
 

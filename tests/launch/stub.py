@@ -2,8 +2,8 @@
 
     python tests/launch/stub.py launch/train.py --ds_config R --output_dir D --resume auto
 
-0.9 diverges and goes on until it is signalled, 0.6 the same but deaf, 0.8 fails, 0.7 waits for a signal the first time;
-others finish.
+0.9 diverges and goes on until it is signalled, 0.8 fails, 0.7 waits for a signal the first time, 0.6 diverges and is
+deaf, 0.5 is out of time at once; others finish.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def main() -> int:
     if lr == 0.8:
         print("\nrecipe error: dsso.task.data_dir: there is no such directory\n  got: 'x'", file=sys.stderr)
         return 2
+    if lr == 0.5:
+        return 128 + signal.SIGUSR1
     before = (out / "metrics.jsonl").exists()
     heard: list[int] = []
 

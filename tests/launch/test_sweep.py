@@ -148,6 +148,13 @@ def test_a_signal_reaches_the_run_and_the_same_command_goes_on(
     assert states(out) == {"lr=0.1": "finished", "lr=0.7": "finished"}
 
 
+def test_a_run_whose_time_is_up_ends_the_sweep(tmp_path: Path) -> None:
+    path, out = write_sweep(tmp_path, grid={LR: [0.5, 0.1]}), tmp_path / "out"
+    assert stubbed(path, out) == 138
+    assert states(out) == {"lr=0.5": "stopped"}
+    assert stubbed(path, out, "--index", 0) == 138
+
+
 def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
     path, out = write_sweep(tmp_path, grid={LR: [0.7, 0.1]}), tmp_path / "out"
     words = [sys.executable, "launch/sweep.py", "run", path, "--out", out, "--launcher", STUB]

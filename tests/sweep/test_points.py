@@ -192,6 +192,9 @@ def test_what_depends_on_the_number_of_ranks(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="train_batch_size"):
         of(path)
     assert len(points(read(path), path, ranks=None)) == 1
+    path = write_sweep(tmp_path, grid={LR: [1, 1.0]})
+    with pytest.raises(RecipeError, match="two points are the same run"):
+        points(read(path), path, ranks=None)
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
