@@ -247,8 +247,8 @@ def _judged(folder: Path, rule: Diverged | None, status: int, start: int, signum
         return Ending("failed", " ".join(str(error).split()), status)
     if reason:
         return Ending("diverged", reason, status)
-    if (folder / "summary.json").exists() and status == 0:
-        return Ending("finished", status=0)
+    if (folder / "summary.json").exists():  # the last thing that a run writes
+        return Ending("finished", status=status)
     if signum is None and status - 128 in FORWARDED:
         signum = status - 128
     # Of launchers, some end with 1 at a signal.
