@@ -261,7 +261,7 @@ def _seed(
 
 def _setting(values: dict[str, Any], seeds: list[Seed], metric: str) -> Setting:
     ended = [one for one in seeds if one.ending.final]
-    steps = [one.steps_to_target for one in ended]
+    steps = [math.inf if one.ending.state == "diverged" else one.steps_to_target for one in ended]
     middle = median(steps) if steps else math.inf
     seconds = [one.seconds for one in ended if not math.isnan(one.seconds)]
     worst = math.inf if metric in (LOSS, "loss") else -math.inf

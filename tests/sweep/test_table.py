@@ -86,6 +86,7 @@ def test_medians_and_ranges_over_seeds(mixed: Path) -> None:
     assert lost.ended == "2 finished, 1 diverged"
     assert worse.metric.median is None
     assert worse.metric.high == pytest.approx(0.92)
+    assert worse.steps_to_target is None
     assert few.metric.median == pytest.approx(1.32)
     assert few.ended == "1 finished, 1 failed, 1 missing"
     assert few.steps_to_target is None
