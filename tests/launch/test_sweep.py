@@ -274,15 +274,11 @@ def test_bad_command_lines(words: list[str], told: list[str], tmp_path: Path, ca
 SHIPPED = ROOT / "configs/sweeps/kfac_tiny_roberta.json"
 
 
-def test_real_runs(tmp_path: Path, capfd: Capture) -> None:
-    """Two points of the small sweep that is shipped: one ends, one diverges and is stopped before its end."""
+def test_a_real_run(tmp_path: Path, capfd: Capture) -> None:
     out = tmp_path / "out"
     assert sweep("run", SHIPPED, "--out", out, "--index", 0) == 0
     assert "finished after 12 steps" in capfd.readouterr().out
-    assert sweep("run", SHIPPED, "--out", out, "--index", 2) == 0
-    assert states(out) == {"lr=0.02,seed=0": "finished", "lr=2,seed=0": "diverged"}
-    assert not (out / "points" / "lr=2,seed=0" / "summary.json").exists()
-    capfd.readouterr()
+    assert states(out) == {"lr=0.02,seed=0": "finished"}
     assert sweep("table", out, "--json", "--metric", "train_loss") == 0
     best, *others = json.loads(capfd.readouterr().out)["settings"]
     assert best["values"] == {LR: 0.02}
@@ -291,6 +287,24 @@ def test_real_runs(tmp_path: Path, capfd: Capture) -> None:
     # The recipe of a point runs without the sweep.
     recipe = json.loads((out / "points" / "lr=0.02,seed=0" / "recipe.json").read_text())
     assert recipe["dsso"]["train"] == {**recipe["dsso"]["train"], "max_steps": 12, "seed": 0}
+
+
+def test_a_real_run_that_diverges_is_stopped_with_a_checkpoint(tmp_path: Path, capfd: Capture) -> None:
+    out = tmp_path / "out"
+    longer = ("--set", "dsso.train.eval_interval=1000")
+    path = tmp_path / "sweep.json"
+    path.write_text(
+        SHIPPED.read_text()
+        .replace("../", f"{ROOT}/configs/")
+        .replace('"dsso.train.max_steps": 12', '"dsso.train.max_steps": 1000')
+    )
+    assert sweep("run", path, "--out", out, "--index", 2, *longer) == 0
+    assert "SIGTERM: writing a checkpoint after this step" in capfd.readouterr().out
+    folder = out / "points" / "lr=2,seed=0"
+    assert ending(folder).state == "diverged"
+    assert ending(folder).status == 143
+    assert len(list((folder / "checkpoints").glob("step_*"))) > 0
+    assert not (folder / "summary.json").exists()
 
 
 @pytest.mark.slow
