@@ -23,7 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m dsso", description="Check recipes, or describe them.")
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a recipe")
     parser.add_argument(
-        "--update", type=Path, metavar="PAGE", help="bring the tables of docs/recipe.md up to date"
+        "--update",
+        type=Path,
+        metavar="PAGE",
+        help="bring the tables of docs/recipe.md or docs/sweeps.md up to date",
     )
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a value")
     parser.add_argument("files", nargs="*", help="recipes to check")

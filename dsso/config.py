@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import pydantic
 from pydantic import (
@@ -314,7 +314,9 @@ def _fields_at(model: type[pydantic.BaseModel], loc: tuple[int | str, ...]) -> s
     """Names of the fields of the model that sits at `loc` inside `model`."""
     for part in loc:
         field = model.model_fields.get(str(part))
-        inner = field.annotation if field is not None else None
-        if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel):
-            model = inner
+        # The model itself, or that in `Model | None` or in `dict[str, Model]`, whose keys are no fields.
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+        model = next(
+            (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel)), model
+        )
     return set(model.model_fields)

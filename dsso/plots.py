@@ -97,7 +97,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     Raises:
         RecipeError: matplotlib is not installed.
     """
-    _need_matplotlib()
+    need_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -216,24 +216,45 @@ def save(runs: Sequence[Run], out: str | Path | None = None) -> Path:
         path = runs[0].directory / "curves.png" if len(runs) == 1 else runs[0].directory.parent / "curves.png"
     else:
         path = Path(out)
-    _check_format(path)
+    check_format(path)
     name_runs(runs)
-    _write(draw(runs), path)
+    write(draw(runs), path)
     return path
 
 
-def _check_format(path: Path) -> None:
+def check_format(path: Path, option: str = "--out") -> None:
+    """Refuse names of other kinds of files.
+
+    Args:
+        path: of a picture.
+        option: of the command line, for the message.
+
+    Raises:
+        RecipeError: it is none of `FORMATS`.
+    """
     if path.suffix.lower() not in FORMATS:
-        raise RecipeError("unknown kind of picture", where="--out", got=str(path), allowed=FORMATS)
+        raise RecipeError("unknown kind of picture", where=option, got=str(path), allowed=FORMATS)
 
 
-def _write(figure: Figure, path: Path) -> None:
+def write(figure: Figure, path: Path, option: str = "--out") -> None:
+    """Write a picture, and the directories above it.
+
+    Args:
+        figure: drawn.
+        path: by its end, the kind of file.
+        option: of the command line, for the message.
+
+    Raises:
+        RecipeError: it cannot be written there.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     except OSError as error:
         raise RecipeError(
-            f"cannot be written ({error.strerror})", where=str(path), remedy="choose another place with --out"
+            f"cannot be written ({error.strerror})",
+            where=str(path),
+            remedy=f"choose another place with {option}",
         ) from None
 
 
@@ -247,18 +268,23 @@ def save_functions(out: str | Path = "functions.png") -> Path:
         RecipeError: matplotlib is not installed, a file name of another kind, or a place that cannot be written to.
     """
     path = Path(out)
-    _check_format(path)
-    _need_matplotlib()
+    check_format(path)
+    need_matplotlib()
     # Not before it is asked for: curves of runs need no torch.
     from dsso import plots_functions
 
     found = plots_functions.all_courses()
-    _write(plots_functions.draw(found, look), path)
+    write(plots_functions.draw(found, look), path)
     print(text_table(plots_functions.table(found)))
     return path
 
 
-def _need_matplotlib() -> None:
+def need_matplotlib() -> None:
+    """Say how to install it where it is missing.
+
+    Raises:
+        RecipeError: it is.
+    """
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:

@@ -226,7 +226,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         RecipeError: for whatever would go wrong later.
     """
-    raw = _read(Path(source)) if isinstance(source, str | Path) else _plain(source)
+    raw = read_json(Path(source)) if isinstance(source, str | Path) else _plain(source)
     for override in overrides:
         _override(raw, override)
     for override in overrides:
@@ -308,7 +308,12 @@ def _scheduler(raw: Mapping[str, Any]) -> tuple[str, StrictModel]:
     return kind, model
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object, strictly: no key twice, no NaN.
+
+    Raises:
+        RecipeError: it is missing, or holds something else.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -353,7 +358,7 @@ def _load(text: str, where: str) -> dict[str, Any]:
             remedy="correct it at this line and column; JSON has no comments and no comma before a bracket",
         ) from None
     if not isinstance(raw, dict):
-        raise RecipeError("must hold one JSON object", where=where, got=raw, remedy='write {"optimizer": …}')
+        raise RecipeError("must hold one JSON object", where=where, got=raw, remedy='write {"key": value, …}')
     return raw
 
 

@@ -21,7 +21,9 @@ from dsso.config import DssoConfig, StrictModel
 from dsso.ds_keys import FIXED, FIXED_FOR_METHODS, SECTIONS, TOP_LEVEL, Kind
 from dsso.recipe_models import BASELINES, SCHEDULERS
 from dsso.schedule import Interval, ScheduleSpec
+from dsso.sweep.format import SweepFile
 
+_HEAD = ("| field | value | default | meaning |", "|---|---|---|---|")
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -34,8 +36,20 @@ def reference() -> str:
         # A section that may be left out has a row of its own besides its table.
         rows = [_row(name, field) for name, field in fields if not _inner(field) or field.default is None]
         if rows:
-            head = ["| field | value | default | meaning |", "|---|---|---|---|"]
-            parts.append("\n".join([f"### `{path}`", "", summary, "", *head, *rows]))
+            parts.append("\n".join([f"### `{path}`", "", summary, "", *_HEAD, *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def sweep_reference() -> str:
+    """All fields of a sweep file as Markdown."""
+    parts = []
+    for path, model in _nested("sweep", SweepFile):
+        rows = [_row(name, field) for name, field in model.model_fields.items()]
+        place = path.removeprefix("sweep").removeprefix(".")
+        title = f"`{place}`" if place else "The file"
+        parts.append(
+            "\n".join([f"### {title}", "", " ".join((model.__doc__ or "").split()), "", *_HEAD, *rows])
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -55,12 +69,19 @@ def fill(page: str) -> str:
     Args:
         page: Markdown with `<!-- name: begin -->` and `<!-- name: end -->` around each generated part.
     """
-    for name, text in (("fields", reference()), ("refused", refused())):
+    for name, generated in _GENERATED.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin not in page:
+            continue
+        text = generated()
         before, _, rest = page.partition(begin)
         _, _, after = rest.partition(end)
         page = f"{before}{begin}\n\n{text}\n{end}{after}"
     return page
+
+
+_GENERATED = {"fields": reference, "refused": refused, "sweep": sweep_reference}
+"""Generated parts of pages by name."""
 
 
 def _sections() -> Iterator[tuple[str, type[StrictModel]]]:
@@ -136,7 +157,14 @@ def _type(kind: Any) -> str:
         return f"list of {several}{_type(args[0])}"
     if origin is dict:
         return f"object of {_type(args[1])}"
-    words = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
+    words = {
+        Any: "any value",
+        int: "integer",
+        float: "number",
+        bool: "boolean",
+        str: "string",
+        type(None): "null",
+    }
     section = isinstance(kind, type) and issubclass(kind, StrictModel)
     other = "object (see below)" if section else str(kind)
     return {**words, ScheduleSpec: "schedule", Interval: "interval"}.get(kind, other)

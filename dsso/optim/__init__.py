@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from functools import cache
 from importlib.metadata import entry_points
 from types import ModuleType
 
@@ -18,8 +19,9 @@ from dsso.optim._probes import ForwardMethod
 ENTRY_POINTS = "dsso.optimizers"
 
 
+@cache
 def _known() -> dict[str, str]:
-    """Lower-case type to the name of the module that holds it."""
+    """Lower-case type to the name of the module that holds it; looked up once, which reads every installed package."""
     found = {
         info.name: f"{__name__}.{info.name}"
         for info in pkgutil.iter_modules(__path__)

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "plan",
         "replay",
         "seeding",
+        "sweep",
         "tasks",
     ),
     ("launch",),
@@ -35,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 PLACES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("dsso/engines/",),
     "torch.distributed.fsdp": ("dsso/engines/",),
-    "matplotlib": ("dsso/plots.py", "dsso/plots_functions.py", "docs/"),
+    "matplotlib": ("dsso/plots.py", "dsso/plots_functions.py", "dsso/plots_sweep.py", "docs/"),
     "torchmetrics": ("dsso/tasks/metrics.py",),
     "peft": ("dsso/tasks/",),
     "triton": ("dsso/parallel/philox_triton.py",),
