@@ -3,6 +3,10 @@
 # ask to be queued again. The scripts may set before:
 #   container=(…)   words that run a command inside a container; empty: none
 #   requeue=no      never ask to be queued again
+# and the shell that submits may export
+#   DSSO_ROOT, DSSO_LOGS, DSSO_MAX_RESTARTS
+#                   the project's folder (the current one), that of log files (runs/slurm), and how often a job is queued
+#                   again at most (100)
 #
 # Exit status: that of the run. 2: a recipe or command line that cannot be used; nothing was started.
 
@@ -105,7 +109,7 @@ dsso_run() {
 
 # dsso_ranks: start launch/train.py as the tasks of this job, with a log file for each rank.
 dsso_ranks() {
-    local logs="runs/slurm/$SLURM_JOB_ID"
+    local logs="${DSSO_LOGS:-runs/slurm}/$SLURM_JOB_ID"
     mkdir -p "$logs" || dsso_die "the logs cannot be written into $logs"
     log="$logs/rank_0.log"
     dsso_say "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1))," \
