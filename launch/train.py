@@ -1,11 +1,12 @@
 """Fine-tune a transformer as a recipe says.
 
     deepspeed launch/train.py --ds_config configs/recipe.json
+    sbatch launch/slurm/multinode.sbatch configs/recipe.json
     python launch/train.py --ds_config configs/recipe.json --check
 
 Exit status: 0 finished, 1 an error while running, 2 a recipe or command line that cannot be used (nothing was
-started then), 130 and 143 after SIGINT and SIGTERM, with a checkpoint written. With `--check --gpu_memory`: 1 where
-the run does not fit.
+started then), 130, 143 and 138 after SIGINT, SIGTERM and SIGUSR1, with a checkpoint written; 138 as well where the run
+has left by itself because its time is up. With `--check --gpu_memory`: 1 where the run does not fit.
 """
 
 from __future__ import annotations

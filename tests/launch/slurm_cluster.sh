@@ -51,7 +51,7 @@ export DSSO_SLURM_CLUSTER="$dir" # by which its processes are told from all othe
 ours() { # process ids of everything that was started with our mark, this shell and its children left out
     local path
     for path in /proc/[0-9]*/environ; do
-        tr '\0' '\n' <"$path" 2>/dev/null | grep -qxF "$mark" && printf '%s\n' "$(basename "${path%/environ}")"
+        { tr '\0' '\n' <"$path" | grep -qxF "$mark"; } 2>/dev/null && printf '%s\n' "$(basename "${path%/environ}")"
     done
 }
 stop() {
