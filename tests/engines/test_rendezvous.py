@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 
 import psutil
 import pytest
@@ -79,6 +80,27 @@ def test_rank_0_keeps_its_port_and_a_taken_one_is_told(monkeypatch: pytest.Monke
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("localhost", str(port))
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "2")
     rendezvous._listening.pop().close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_the_port_is_handed_over(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.create_server((address, 0), family=family) as probe:
+            port = probe.getsockname()[1]
+    except OSError:
+        pytest.skip("this host has no IPv6")
+    monkeypatch.setenv("MASTER_ADDR", address)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    place = Environment(0, 0, 1, "srun")
+    rendezvous.arrange(place)
+    store = rendezvous.store(place, timedelta(seconds=10))
+    assert store is not None
+    assert store.port == port  # type: ignore[attr-defined]
+    store.set("word", "met")
+    assert store.get("word") == b"met"
+    assert rendezvous._listening == []
+    assert rendezvous.store(Environment(0, 0, 1, "torchrun"), timedelta(seconds=10)) is None
 
 
 def test_an_interface_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:

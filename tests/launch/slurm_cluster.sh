@@ -265,9 +265,13 @@ check "an unknown partition is refused by sbatch" unknown
 # Two jobs share the nodes from here on, so each run also meets another one on its host.
 kfac=$(submit launch/slurm/multinode.sbatch "$dir/kfac.json" --output_dir "$runs/kfac")
 cut=$(submit launch/slurm/multinode.sbatch "$dir/kfac.json" --output_dir "$runs/kfac_cut")
+# One of them meets at an IPv6 address where there are any, another is bound to an interface.
+export MASTER_ADDR=::1
+grep -q ' lo$' /proc/net/if_inet6 2>/dev/null || unset MASTER_ADDR
 mezo=$(submit launch/slurm/multinode.sbatch "$dir/mezo.json" --output_dir "$runs/mezo")
+unset MASTER_ADDR
 mezo_cut=$(submit launch/slurm/multinode.sbatch "$dir/mezo.json" --output_dir "$runs/mezo_cut" \
-    --set dsso.train.max_steps=120)
+    --set dsso.train.interface=lo)
 
 preempted() { # preempted JOB RUN: SIGUSR1 in its midst makes it write a checkpoint and be queued again
     await 120 logged "$2" 3 || { echo "never in its midst: $(field "$1" JobState)" && return 1; }
