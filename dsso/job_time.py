@@ -6,6 +6,8 @@ steps, evaluations and checkpoints take and leaves while there is time for one m
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from pathlib import Path
 
 import psutil
 
@@ -29,16 +32,20 @@ class JobTime:
 
     Args:
         end: when it is over, as seconds of the epoch; None: never.
-        save_seconds: what a checkpoint took before, in an earlier start.
+        file: where it is kept for later starts what a checkpoint takes; None: it is not.
         clock: seconds of the epoch.
     """
 
     def __init__(
-        self, end: float | None, save_seconds: float | None = None, clock: Callable[[], float] = time.time
+        self, end: float | None, file: Path | None = None, clock: Callable[[], float] = time.time
     ) -> None:
         self.end = end
-        self.save_seconds = save_seconds
+        self.save_seconds: float | None = None
         """What the slowest checkpoint took; None: none was written yet."""
+        self._file = file
+        if file is not None:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                self.save_seconds = float(json.loads(file.read_text(encoding="utf-8"))["save_seconds"])
         self._clock = clock
         self._rounds: dict[bool, deque[float]] = {kind: deque(maxlen=_REMEMBERED) for kind in (False, True)}
         self._began = clock()
@@ -61,7 +68,13 @@ class JobTime:
         Args:
             seconds: what it took.
         """
-        self.save_seconds = max(seconds, self.save_seconds or 0.0)
+        if self.save_seconds is not None and seconds <= self.save_seconds:
+            return
+        self.save_seconds = seconds
+        if self._file is not None:
+            # Not worth an error: a later start guesses then.
+            with contextlib.suppress(OSError):
+                self._file.write_text(json.dumps({"save_seconds": seconds}) + "\n", encoding="utf-8")
 
     def needed(self, evaluates: bool, saves: bool = False) -> float:
         """Seconds that another step and an orderly end take, generously.

@@ -100,8 +100,6 @@ class Loop:
         self.seconds = state["seconds"]
         self.last_loss = state["last_loss"]
         self._guard.restore(state["skips"])
-        if state.get("save_seconds") is not None:  # checkpoints of earlier versions do not tell
-            self.time_left.saved(state["save_seconds"])
         if self._noop is not None and state["noop"] is not None:
             self._noop.restore(state["noop"])
         self.best.restore(state["best"], checkpoint.path.parent.parent / "best")
@@ -310,7 +308,6 @@ class Loop:
             "noop": self._noop.state() if self._noop is not None else None,
             "best": self.best.state(),
             "micro_batches": self._micro_batches(),
-            "save_seconds": self.time_left.save_seconds,
         }
         own = {"rng": rng_state(), "sums": self._sums.cpu()}
         info = {"best_step": self.best.step}

@@ -48,8 +48,11 @@ def run(job: Job, place: engines.Environment) -> int:
         seeds = Seeds(job, engine, step) if optim.is_forward(job.recipe.optimizer_type) else None
         reached = step if seeds is None else seeds.reached
         log = MetricsLog(job.output_dir / "metrics.jsonl" if job.rank == 0 else None, reached)
-        end = end_of_job(train.time_limit_minutes, process_start()) if job.rank == 0 else None
-        loop = Loop(job, engine, stop, log, seeds, JobTime(end))
+        time_left = JobTime(None)
+        if job.rank == 0:
+            end = end_of_job(train.time_limit_minutes, process_start())
+            time_left = JobTime(end, job.output_dir / "checkpoints" / "seconds.json")
+        loop = Loop(job, engine, stop, log, seeds, time_left)
         if start is not None:
             change = moved(start, engine)
             if change is not None:

@@ -63,8 +63,18 @@ def test_what_is_not_known_yet_and_what_is_long_ago() -> None:
     run.saved(2.0)
     run.saved(1.0)
     assert run.needed(evaluates=False) == pytest.approx(1.5 * (1 + 2) + 5)
-    # the slowest checkpoint of an earlier start is remembered
-    assert JobTime(10_000.0, 30.0, clock).needed(evaluates=False) == pytest.approx(1.5 * 30 + 5)
+
+
+def test_the_slowest_checkpoint_of_earlier_starts_is_remembered(tmp_path: Path) -> None:
+    file = tmp_path / "seconds.json"
+    first = JobTime(10_000.0, file)
+    assert first.save_seconds is None
+    for seconds in (20.0, 30.0, 10.0):
+        first.saved(seconds)
+    assert JobTime(10_000.0, file).save_seconds == 30.0
+    file.write_text("{")
+    assert JobTime(10_000.0, file).save_seconds is None
+    JobTime(10_000.0, tmp_path / "missing" / "seconds.json").saved(1.0)
 
 
 def test_without_a_limit_it_never_leaves() -> None:
