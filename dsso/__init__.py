@@ -71,7 +71,8 @@ def initialize(
             " engine.step(closure, value)\n"
         )
     resolved = recipe.resolved(environment.world_size)
-    start(environment, resolved.dsso.train.timeout_minutes)
+    train = resolved.dsso.train
+    start(environment, train.timeout_minutes, train.interface)
     engine = build(model, resolved, environment, example_inputs)
     loader: DataLoader[Any] | None = None
     if training_data is not None:

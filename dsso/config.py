@@ -202,6 +202,10 @@ class TrainConfig(StrictModel):
     """Warn after so many steps in a row whose update is parallel to the gradient (cosine above 0.9999)."""
     timeout_minutes: float = Field(default=10.0, gt=0.0)
     """Longest wait for another rank before a collective call fails."""
+    time_limit_minutes: float | None = Field(default=None, gt=0.0)
+    """Leave with a checkpoint before the process has run so long; null: the limit of the Slurm job, if it is one."""
+    interface: str | None = Field(default=None, min_length=1)
+    """Network interface, e.g. `ib0`, that ranks meet and communicate on; null: the libraries' choice."""
     digest_interval: int | None = Field(default=100, ge=1)
     """Methods from forward passes: steps between two comparisons of the ranks' weights, whose digest goes into the seed
     log; null: never."""

@@ -1,13 +1,15 @@
-"""Stop requests: SIGINT and SIGTERM become a flag that all ranks agree upon at a step boundary.
+"""Stop requests: SIGINT, SIGTERM and SIGUSR1 become a flag that all ranks agree upon at a step boundary.
 
 The first signal asks for an orderly end: the loop finishes its step, writes a checkpoint and leaves with
-status 128 + signal (130 for Ctrl-C, 143 for SIGTERM). A second one leaves at once, also when the main thread
-hangs in a collective call: signals are read by a thread from a wake-up descriptor, because Python runs its
-own handlers only between two byte codes of the main thread.
+status 128 + signal (130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1, by which schedulers announce the end of a job's
+time: the run is to be queued again). A second one leaves at once, also when the main thread hangs in a collective call:
+signals are read by a thread from a wake-up descriptor, because Python runs its own handlers only between two byte codes
+of the main thread.
 
 Launchers repeat signals: Ctrl-C in a terminal reaches a rank as SIGINT and then, from DeepSpeed's launcher, as SIGTERM,
 on a busy machine seconds later. So a signal within `repeat_seconds` of the first counts as the same request, and one of
-the other kind within `launcher_seconds`.
+another kind within `launcher_seconds`. Schedulers send SIGTERM minutes after SIGUSR1, shortly before they kill: the
+first of these belongs to the request whenever it comes, so that a checkpoint under way is not given up.
 """
 
 from __future__ import annotations
@@ -15,16 +17,20 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 
 from dsso.parallel.collectives import any_flag, gather_objects
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REQUEUE = signal.SIGUSR1
+"""The request of a scheduler, and of a run whose own time is up: to go on later."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, REQUEUE)
 """What counts as a stop request."""
 
 _TOGETHER_SECONDS = 0.02
@@ -88,12 +94,24 @@ class StopRequest:
         signals: list[int | None] = gather_objects(self.signum)
         return next(one for one in signals if one is not None)
 
+    def request(self, signum: int, message: str) -> None:
+        """Ask for an end as a signal would, on behalf of the run itself; no-op behind another request.
+
+        Args:
+            signum: the signal that it stands for.
+            message: said on stderr.
+        """
+        if self.signum is None:
+            self.signum = signum
+            self._tell(message)
+
     def _heard(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
             self.signum = signum
 
     def _watch(self) -> None:
         first: float | None = None
+        announced = False
         # Not select(), which takes no descriptor above 1023.
         coming = select.poll()
         coming.register(self._read_fd, select.POLLIN)
@@ -115,6 +133,8 @@ class StopRequest:
                         f"{signal.Signals(signum).name}: writing a checkpoint after this step, then leaving;"
                         " once more leaves at once"
                     )
+                elif self.signum == REQUEUE and signum == signal.SIGTERM and not announced:
+                    announced = True
                 elif now - first > (self.repeat_seconds if signum == self.signum else self.launcher_seconds):
                     self._tell(f"{signal.Signals(signum).name} again: leaving without a checkpoint")
                     os._exit(128 + signum)
@@ -123,6 +143,17 @@ class StopRequest:
         if self.speak:
             # not print(): the main thread may hold the lock of the stream
             os.write(2, f"\n{message}\n".encode())
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once, with what it has printed but without taking anything down.
+
+    Args:
+        status: of the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def control_device(device: torch.device) -> torch.device | None:

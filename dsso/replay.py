@@ -133,7 +133,7 @@ def rebuild(run: Path, to: int) -> ForwardEngine:
     task = tasks.without_data(config.task, config.train.seed, "not read: a replay evaluates nothing")
     bundle = tasks.models.load(config.model, task, config.task, recipe.precision.torch_dtype)
     bundle = tasks.adapters.apply(bundle, config.peft)
-    engines.start(environment, config.train.timeout_minutes)
+    engines.start(environment, config.train.timeout_minutes, config.train.interface)
     engine: Any = engines.build(bundle.model, recipe.resolved(environment.world_size, to or 1), environment)
     good, _ = checkpoint.find(run / "checkpoints")
     start, _ = checkpoint.newest([one for one in good if one.step <= to])

@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     parser = _Parser(
         prog="launch/train.py",
         description="Fine-tune a transformer as one JSON recipe describes it.",
-        epilog="Start it with deepspeed, torchrun or python.",
+        epilog="Start it with deepspeed, torchrun, accelerate launch, srun, mpirun or python.",
         allow_abbrev=False,
     )
     parser.add_argument("--ds_config", type=Path, required=True, metavar="FILE", help="the recipe")

@@ -19,8 +19,9 @@ from torch import Tensor
 from dsso.checkpoint import Checkpoint, Checkpointer, CheckpointError, find, rng_state, set_rng_state
 from dsso.diagnostics import FlatWatch, MetricsLog, NoopWatch, SkipGuard
 from dsso.engines import estimates
+from dsso.job_time import JobTime
 from dsso.parallel.collectives import gather_objects, rank
-from dsso.preempt import StopRequest, control_device
+from dsso.preempt import REQUEUE, StopRequest, control_device
 from dsso.seeding import seed_everything
 from dsso.tasks.data import Batch, global_batch, micro_batches
 from launch.best import Best
@@ -51,16 +52,24 @@ class Loop:
         stop: the stop signal.
         log: `metrics.jsonl`.
         seeds: the seed log, for a method from forward passes.
+        time_left: when the run has to leave by itself; None: never.
     """
 
     def __init__(
-        self, job: Job, engine: Engine, stop: StopRequest, log: MetricsLog, seeds: Seeds | None = None
+        self,
+        job: Job,
+        engine: Engine,
+        stop: StopRequest,
+        log: MetricsLog,
+        seeds: Seeds | None = None,
+        time_left: JobTime | None = None,
     ) -> None:
         self.job = job
         self.engine = engine
         self.stop = stop
         self.log = log
         self.seeds = seeds
+        self.time_left = time_left or JobTime(None)
         train = job.recipe.dsso.train
         self.config = train
         self.log_interval = 1 if job.arguments.debug else train.log_interval
@@ -145,6 +154,7 @@ class Loop:
                         f"no improvement in {self.best.misses} evaluations: stopping (patience)"
                     )
                     return Outcome("patience")
+                self.time_left.round_began()
                 self._window()
                 self.step += 1
                 self.progress.step()
@@ -219,6 +229,13 @@ class Loop:
             self._log_step()
         if last or step % config.eval_interval == 0:
             self.evaluate("validation")
+        self.time_left.round_ended(evaluated=last or step % config.eval_interval == 0)
+        if self.job.rank == 0 and not last:
+            # One rank looks at its clock; the others hear of it as of a signal.
+            evaluates = (step + 1) % config.eval_interval == 0 or step + 1 == self.job.max_steps
+            reason = self.time_left.is_up(evaluates, saves=step % self.save_interval == 0)
+            if reason is not None:
+                self.stop.request(REQUEUE, reason)
         out_of_patience = config.patience is not None and self.best.misses >= config.patience
         signum = None
         if self._stop_device is not None:
@@ -283,6 +300,7 @@ class Loop:
             needed: the run ends here and a failure is an error; otherwise it is a warning.
         """
         self._advance_clock()
+        began = time.monotonic()
         state = {
             "seconds": self.seconds,
             "last_loss": self.last_loss,
@@ -303,6 +321,7 @@ class Loop:
         if rank() == 0:
             good, _ = find(self.checkpoints.directory)
             self.best.prune(one.info.get("best_step") for one in good)
+        self.time_left.saved(time.monotonic() - began)
 
     def _advance_clock(self) -> None:
         now = time.monotonic()

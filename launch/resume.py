@@ -32,7 +32,14 @@ _MUST_AGREE = (
     "dsso.task.head",
 )
 """A checkpoint cannot be read when one of these is another."""
-_MAY_DIFFER = ("dsso.output_dir", "dsso.comment", "dsso.engine", "zero_optimization.stage")
+_MAY_DIFFER = (
+    "dsso.output_dir",
+    "dsso.comment",
+    "dsso.engine",
+    "dsso.train.interface",
+    "dsso.train.time_limit_minutes",
+    "zero_optimization.stage",
+)
 """Of these nothing is said, or what the checkpoint itself tells."""
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dsso import checkpoint, engines, optim
 from dsso.diagnostics import MetricsLog, environment, jsonable, method_table
+from dsso.job_time import JobTime, end_of_job, process_start
 from dsso.parallel.collectives import barrier
-from dsso.preempt import StopRequest
+from dsso.preempt import StopRequest, leave
 from dsso.seeding import seed_everything
 from launch.finish import finish
 from launch.loop import Loop
@@ -31,7 +32,8 @@ def run(job: Job, place: engines.Environment) -> int:
     Raises:
         RunError: the run cannot go on.
     """
-    engines.start(place, job.recipe.dsso.train.timeout_minutes)
+    train = job.recipe.dsso.train
+    engines.start(place, train.timeout_minutes, train.interface)
     engine = cast("Engine", engines.build(job.bundle.model, job.recipe, place))
     seed_everything(job.seed, job.rank)
     with StopRequest(speak=job.rank == 0) as stop:
@@ -46,7 +48,11 @@ def run(job: Job, place: engines.Environment) -> int:
         seeds = Seeds(job, engine, step) if optim.is_forward(job.recipe.optimizer_type) else None
         reached = step if seeds is None else seeds.reached
         log = MetricsLog(job.output_dir / "metrics.jsonl" if job.rank == 0 else None, reached)
-        loop = Loop(job, engine, stop, log, seeds)
+        time_left = JobTime(None)
+        if job.rank == 0:
+            end = end_of_job(train.time_limit_minutes, process_start())
+            time_left = JobTime(end, job.output_dir / "checkpoints" / "seconds.json")
+        loop = Loop(job, engine, stop, log, seeds, time_left)
         if start is not None:
             change = moved(start, engine)
             if change is not None:
@@ -66,6 +72,11 @@ def run(job: Job, place: engines.Environment) -> int:
             log.close()
             _say(job, f"stopped after step {loop.step}; --resume auto goes on")
             engine.close()
+            if job.world_size > 1:
+                # All leave at the same time and with the same status, while a signal still means nothing more:
+                # a launcher ends the others when the first one has left, and a scheduler looks at the status.
+                engines.settle()
+                leave(128 + outcome.signum)
             engines.stop()
             return 128 + outcome.signum
         finish(job, engine, loop, outcome)

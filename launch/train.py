@@ -1,11 +1,12 @@
 """Fine-tune a transformer as a recipe says.
 
     deepspeed launch/train.py --ds_config configs/recipe.json
+    sbatch launch/slurm/multinode.sbatch configs/recipe.json
     python launch/train.py --ds_config configs/recipe.json --check
 
 Exit status: 0 finished, 1 an error while running, 2 a recipe or command line that cannot be used (nothing was
-started then), 130 and 143 after SIGINT and SIGTERM, with a checkpoint written. With `--check --gpu_memory`: 1 where
-the run does not fit.
+started then), 130, 143 and 138 after SIGINT, SIGTERM and SIGUSR1, with a checkpoint written; 138 as well where the run
+has left by itself because its time is up. With `--check --gpu_memory`: 1 where the run does not fit.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # A script's own folder is searched first: names in launch/ would hide modules of the same name elsewhere.
 sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place or ".").resolve() != ROOT / "launch")]
 
+RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+"""What launchers call a rank."""
+
 # Remarks of tokenizers about every batch, and about processes that data loading forks, would drown the run's.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A bar for each rank, or in a log, is one too many.
-if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+if any(os.environ.get(name, "0") != "0" for name in RANKS) or not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 try:
@@ -70,8 +74,12 @@ def main() -> int:
             if rank == 0:
                 print(report(checked))
             return 1 if checked.plan.fits is False else 0
+        from dsso.recipe import load_recipe
         from launch.prepare import prepare
 
+        # Before data and model are read: an MPI that cannot be used is told at once, and a port is taken.
+        train = load_recipe(arguments.ds_config, arguments.overrides).dsso.train
+        engines.arrange(environment, train.interface)
         job = prepare(arguments, rank, world_size)
         output_dir = job.output_dir
         from launch.run import run

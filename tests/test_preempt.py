@@ -19,7 +19,7 @@ import torch
 from dsso.preempt import StopRequest, control_device
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_a_request(signum: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
     with StopRequest() as stop:
         assert stop.agreed() is None
@@ -68,6 +68,24 @@ def test_of_two_that_come_together_the_one_of_the_terminal_counts(capfd: pytest.
     assert "SIGINT: writing a checkpoint after this step" in capfd.readouterr().err
 
 
+def test_a_scheduler_that_ends_the_job_does_not_ask_again(capfd: pytest.CaptureFixture[str]) -> None:
+    """SIGUSR1 minutes before the end, SIGTERM at the end: the checkpoint goes on, however late the second one is."""
+    with StopRequest(repeat_seconds=0.0, launcher_seconds=0.0) as stop:
+        for signum in (signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), signum)
+            time.sleep(0.1)
+        assert stop.agreed() == signal.SIGUSR1
+    assert "again" not in capfd.readouterr().err
+
+
+def test_a_run_may_ask_for_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopRequest() as stop:
+        stop.request(signal.SIGUSR1, "no time is left")
+        stop.request(signal.SIGTERM, "not said")
+        assert stop.agreed() == signal.SIGUSR1
+    assert capfd.readouterr().err == "\nno time is left\n"
+
+
 def test_a_process_with_many_open_files_hears_as_well() -> None:
     """Descriptors above 1023, of which `select` knows nothing."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -88,10 +106,11 @@ def test_a_process_with_many_open_files_hears_as_well() -> None:
 
 
 def test_handlers_are_put_back() -> None:
-    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(one) for one in signals]
     with StopRequest():
         assert signal.getsignal(signal.SIGINT) not in before
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(one) for one in signals] == before
     assert signal.set_wakeup_fd(-1) == -1
 
 
@@ -105,7 +124,9 @@ with StopRequest(repeat_seconds=0.2) as stop:
 """
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+)
 def test_a_second_signal_leaves_at_once(signum: signal.Signals, status: int) -> None:
     root = Path(__file__).resolve().parents[1]
     child = subprocess.Popen(

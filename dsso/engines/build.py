@@ -13,8 +13,9 @@ from dsso.clip import NormQuantile
 from dsso.engines.base import EngineBase
 from dsso.engines.ddp import DDPEngine
 from dsso.engines.deepspeed import DeepSpeedEngine
-from dsso.engines.environment import Environment, bound_waits, launch_environment
+from dsso.engines.environment import bound_waits, launch_environment
 from dsso.engines.forward import ForwardEngine
+from dsso.engines.launchers import Environment
 from dsso.engines.quiet import quiet
 from dsso.engines.single import SingleEngine
 from dsso.errors import RecipeError

@@ -1,83 +1,86 @@
 """Which process this is among how many, whoever launched it; starting and ending the process group.
 
-Known launchers set `RANK`, `LOCAL_RANK` and `WORLD_SIZE` (`deepspeed`, `torchrun`, `accelerate`). None of them set
-means one process and no process group; no MPI is looked for.
+`launchers` reads what the launcher says and `rendezvous` sees to it that the ranks find each other. No launcher means
+one process and no process group; MPI is looked for under mpirun only.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from dsso.errors import RecipeError
+from dsso.engines import rendezvous
+from dsso.engines.launchers import TORCH_VARIABLES, Environment, find
 
-_NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _GRACE_SECONDS = 0.1
 
-
-@dataclass(frozen=True)
-class Environment:
-    """This process among the launched ones.
-
-    Attributes:
-        rank, local_rank, world_size: as the launcher numbers them.
-        launcher: `none` or `env` (a launcher that sets the variables of torch).
-    """
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    launcher: str = "none"
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this process: its GPU where there is one, else the CPU."""
-        if torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
-        return torch.device("cpu")
+_arranged: dict[str, tuple[Environment, dict[str, str]]] = {}
+"""What `arrange` has found, with the variables as it has left them."""
 
 
 def launch_environment() -> Environment:
     """Read the launcher's variables; nothing is started.
 
     Raises:
-        RecipeError: when half of a launcher's variables are set.
+        RecipeError: when half of a launcher's variables are set, or two launchers contradict each other.
     """
-    present = [name for name in _NEEDED if name in os.environ]
-    if "RANK" not in present and "WORLD_SIZE" not in present:
-        return Environment()
-    missing = [name for name in _NEEDED if name not in os.environ]
-    if missing:
-        raise RecipeError(
-            f"the launcher set {', '.join(present)} but not {', '.join(missing)}",
-            where="environment",
-            remedy="start through deepspeed or torchrun, or unset these variables to run one process",
-        )
-    return Environment(
-        int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), "env"
-    )
+    if _arranged:
+        # The variables of torch are ours then, and would hide the launcher.
+        place, variables = _arranged["now"]
+        if all(os.environ.get(name) == value for name, value in variables.items()):
+            return place
+    return find(os.environ)
 
 
-def start(environment: Environment, timeout_minutes: float = 10.0) -> None:
+def arrange(environment: Environment, interface: str | None = None) -> None:
+    """Let the ranks know where they meet; `start` does it where it has not been done. Not collective but under MPI.
+
+    Args:
+        environment: from `launch_environment`.
+        interface: name of the network interface to use, `dsso.train.interface`.
+
+    Raises:
+        RecipeError: there is no such interface, MPI cannot be used, or the address of rank 0 is not known.
+        RunError: the port of the job is taken.
+    """
+    if _arranged and _arranged["now"][0] == environment == launch_environment():
+        return
+    rendezvous.arrange(environment, interface)
+    if environment.launcher in ("srun", "mpirun"):
+        _arranged["now"] = (environment, {name: os.environ[name] for name in TORCH_VARIABLES})
+
+
+def start(environment: Environment, timeout_minutes: float = 10.0, interface: str | None = None) -> None:
     """Start the process group, unless there is no launcher or it is running already.
 
     Args:
         environment: from `launch_environment`.
         timeout_minutes: a collective that waits longer than this for another rank fails.
+        interface: see `arrange`.
+
+    Raises:
+        RecipeError, RunError: as `arrange`.
     """
     if environment.launcher == "none" or dist.is_initialized():
         return
+    arrange(environment, interface)
     if environment.device.type == "cuda":
         torch.cuda.set_device(environment.device)
     # The host has a group of its own beside the GPUs': flags and objects need not pass through a device.
     backend = "cpu:gloo,cuda:nccl" if environment.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    store = rendezvous.store(environment, timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, store=store, rank=environment.rank, world_size=environment.world_size, timeout=timeout
+        )
 
 
 def bound_waits(minutes: float) -> None:
@@ -101,7 +104,15 @@ def stop() -> None:
     """
     if not dist.is_initialized():
         return
-    if dist.get_world_size() > 1:
+    settle()
+    dist.destroy_process_group()
+
+
+def settle() -> None:
+    """Wait until every rank has come this far and nothing is on its way any more; collective.
+
+    For ranks that leave by `os._exit` behind it: none of them is ended by its launcher because another was first.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
         time.sleep(_GRACE_SECONDS)
-    dist.destroy_process_group()

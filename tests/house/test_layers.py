@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "checkpoint",
         "inspect",
         "preempt",
+        "job_time",
         "diagnostics",
         "results",
         "plots",

@@ -64,7 +64,7 @@ def test_two_ranks_do_what_one_does(whole: Path, tmp_path: Path, monkeypatch: py
     recipe = write_recipe(tmp_path, PLAIN)
     assert train(monkeypatch, "--ds_config", recipe, "--output_dir", tmp_path / "one") == 0
     assert summary(whole)["world_size"] == 2
-    assert config(whole)["launcher"] == "env"
+    assert config(whole)["launcher"] == "deepspeed"
     assert {row["owner"] for row in config(whole)["parameters"]} >= {0, 1}
     for mine, theirs in zip(lines(whole), lines(tmp_path / "one"), strict=True):
         assert mine["step"] == theirs["step"]
