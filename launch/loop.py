@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dsso.checkpoint import Checkpoint, Checkpointer, CheckpointError, find, rng_state, set_rng_state
-from dsso.diagnostics import FlatWatch, MetricsLog, NoopWatch, SkipGuard
+from dsso.diagnostics import FlatWatch, MetricsLog, NoopWatch, Pace, SkipGuard, ranks_entry
 from dsso.engines import estimates
+from dsso.parallel import rollcall
 from dsso.parallel.collectives import gather_objects, rank
 from dsso.preempt import StopRequest, control_device
 from dsso.seeding import seed_everything
@@ -83,6 +84,7 @@ class Loop:
         self._sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
         self._stop_device = control_device(engine.device)
         self._tick = time.monotonic()
+        self._pace = Pace(engine.device)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint was written; every rank calls it."""
@@ -135,6 +137,7 @@ class Loop:
         """
         self.progress = Progress(self.step, self.job.max_steps, speak=self.job.rank == 0)
         self._tick = time.monotonic()
+        self._pace.start(self.step)
         self.engine.train()
         try:
             while True:
@@ -157,6 +160,7 @@ class Loop:
     def _window(self) -> None:
         """One optimizer step."""
         job, engine = self.job, self.engine
+        rollcall.at(self.step + 1)
         gas = engine.gradient_accumulation_steps
         indices = global_batch(len(job.data.train), job.recipe.global_batch, job.seed, self.step)
         if self.seeds is not None:
@@ -233,14 +237,15 @@ class Loop:
     def _log_step(self) -> None:
         own = self._sums.tolist()
         self._sums.zero_()
-        every = gather_objects(own)
+        health = self.engine.health()
+        every, ranks = zip(*gather_objects((own, self._pace.figures(self.step, health))), strict=True)
         finite = sum(count for _, count, _ in every)
         loss = sum(total for total, _, _ in every) / finite if finite else None
         bad = [int(count) for _, _, count in every]
-        health = self.engine.health()
         self._advance_clock()
         self.last_loss, self.last_health = loss, health
         line = {"step": self.step, "loss": loss, "lr": self.engine.lr(), "seconds": self.seconds, **health}
+        line["ranks"] = ranks_entry(ranks)
         if any(bad):
             line["bad_losses"] = sum(bad)
         self.log.write(**line)
@@ -257,6 +262,7 @@ class Loop:
             again: the log of metrics has it already; only rank 0 writes one and has to know.
         """
         job, engine = self.job, self.engine
+        rollcall.at(self.step, "evaluating")
         engine.eval()
         size = self.config.eval_batch_size or engine.micro_batch_size
         metrics = job.data.evaluate(engine, split, size, job.rank, job.world_size, engine.device)
@@ -283,6 +289,7 @@ class Loop:
             needed: the run ends here and a failure is an error; otherwise it is a warning.
         """
         self._advance_clock()
+        rollcall.at(self.step, "writing a checkpoint")
         state = {
             "seconds": self.seconds,
             "last_loss": self.last_loss,

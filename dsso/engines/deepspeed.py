@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dsso.engines import zero3
 from dsso.engines.base import EngineBase
+from dsso.engines.build_lock import remove_stale_lock
 from dsso.engines.quiet import quiet
 from dsso.errors import RecipeError, RunError
 from dsso.optim._partition import PartitionOptimizer
@@ -91,6 +92,8 @@ class DeepSpeedEngine(EngineBase):
             int(config["train_micro_batch_size_per_gpu"]),
         )
         optimizer.dry_run = True
+        if device.type == "cpu":
+            remove_stale_lock("deepspeed_shm_comm")
         self._ds, _, _, self.scheduler = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from dsso.errors import RecipeError
+from dsso.parallel import rollcall
 
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _GRACE_SECONDS = 0.1
@@ -78,6 +79,7 @@ def start(environment: Environment, timeout_minutes: float = 10.0) -> None:
     # The host has a group of its own beside the GPUs': flags and objects need not pass through a device.
     backend = "cpu:gloo,cuda:nccl" if environment.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    rollcall.start(60.0 * timeout_minutes)
 
 
 def bound_waits(minutes: float) -> None:
@@ -101,6 +103,7 @@ def stop() -> None:
     """
     if not dist.is_initialized():
         return
+    rollcall.stop()
     if dist.get_world_size() > 1:
         dist.barrier()
         time.sleep(_GRACE_SECONDS)

@@ -77,10 +77,10 @@ def launcher(*arguments: object, script: str = "launch/train.py", ranks: int = 2
 
 
 def lines(run: Path, steps: bool = True) -> list[dict[str, Any]]:
-    """Logged steps of a run, or its evaluations; without the clock."""
+    """Logged steps of a run, or its evaluations; without the clock, and without what differs between ranks."""
     every = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     chosen = [line for line in every if ("eval" not in line) == steps]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in chosen]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "ranks")} for line in chosen]
 
 
 def summary(run: Path) -> dict[str, Any]:
