@@ -7,6 +7,7 @@ how the batch was split. Nothing here looks at a device value except on logging 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from dsso.seeding import seed_everything
 from dsso.tasks.data import Batch, global_batch, micro_batches
 from launch.best import Best
 from launch.prepare import Job
+from launch.profile import Profile
 from launch.progress import Progress
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ class Loop:
         self._stop_device = control_device(engine.device)
         self._tick = time.monotonic()
         self._pace = Pace(engine.device)
+        self._profile = Profile(job.arguments.profile_steps, job.output_dir, job.rank)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint was written; every rank calls it."""
@@ -148,13 +151,17 @@ class Loop:
                         f"no improvement in {self.best.misses} evaluations: stopping (patience)"
                     )
                     return Outcome("patience")
+                self._profile.begin(self.step + 1)
                 self._window()
                 self.step += 1
+                self._tell(self._profile.end(self.step))
                 self.progress.step()
                 signum = self._after_step()
                 if signum is not None:
                     return Outcome("stopped", signum)
         finally:
+            if sys.exc_info()[0] is None:
+                self._tell(self._profile.close())
             self.progress.close()
 
     def _window(self) -> None:

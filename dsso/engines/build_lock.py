@@ -59,7 +59,7 @@ def is_held(lock: Path) -> bool:
     target = str(lock.resolve())
     for folder in Path("/proc").glob("[0-9]*/fd"):
         try:
-            if any(os.readlink(entry) == target for entry in folder.iterdir()):
+            if any(str(entry.readlink()) == target for entry in folder.iterdir()):
                 return True
         except OSError:  # it has ended, or belongs to somebody else, who has a cache of his own
             continue

@@ -251,7 +251,7 @@ class Rollcall:
         if self._finding:
             return self._finding
         if not self._kept_by_rank_0:
-            return f"the launcher's store at {self._address}:{self._port} does not answer: its process or the way is lost"
+            return f"the launcher's store at {self._address}:{self._port} does not answer, so no rank is heard of"
         if self.rank == 0 or self._keeper is None:
             return f"rank 0, whose store at {self._address}:{self._port} keeps the roll, did not answer"
         return f"{_silent(self._keeper, self._host, time.time())}; rank 0 keeps the roll"
