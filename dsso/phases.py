@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-import torch
+from torch._C._autograd import _profiler_enabled
 from torch.profiler import record_function
 
 PREFIX = "dsso::"
@@ -42,7 +42,7 @@ def phase(name: str) -> AbstractContextManager[Any]:
     Args:
         name: one of `PHASES`.
     """
-    if torch.autograd._profiler_enabled():
+    if _profiler_enabled():
         return record_function(PREFIX + name)
     return _NOTHING
 
@@ -57,7 +57,7 @@ def phased(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         @wraps(function)
         def named(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            if not torch.autograd._profiler_enabled():
+            if not _profiler_enabled():
                 return function(*args, **kwargs)
             with record_function(PREFIX + name):
                 return function(*args, **kwargs)

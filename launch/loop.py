@@ -154,7 +154,10 @@ class Loop:
                 self._profile.begin(self.step + 1)
                 self._window()
                 self.step += 1
-                self._tell(self._profile.end(self.step))
+                if self._profile.end(self.step):
+                    self._advance_clock()
+                    self._tell(self._profile.close())
+                    self._tick = time.monotonic()  # writing a trace is no part of training
                 self.progress.step()
                 signum = self._after_step()
                 if signum is not None:

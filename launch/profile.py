@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dsso.phases import PHASES, PREFIX
@@ -51,27 +52,25 @@ class Profile:
             self._profiler = profile(activities=activities)
             self._profiler.start()
         self._step = record_function(f"{PREFIX}step {step}")
-        self._step.__enter__()
+        self._step.__enter__()  # type: ignore[no-untyped-call]
 
-    def end(self, step: int) -> str | None:
-        """A step has been taken; behind the last one a trace is written.
+    def end(self, step: int) -> bool:
+        """A step has been taken.
 
         Args:
             step: its number, from 1.
 
         Returns:
-            What to tell, when the trace has been written.
+            Whether it was the last that is profiled: `close` writes the trace.
         """
         if self._step is not None:
             self._step.__exit__(None, None, None)
             self._step = None
             self._taken += 1
-        if self._steps is None or self._profiler is None or step < self._steps.last:
-            return None
-        return self.close()
+        return self._steps is not None and self._profiler is not None and step >= self._steps.last
 
     def close(self) -> str | None:
-        """End the profile, also where the run ends before its last step.
+        """End the profile and write the trace, also where the run ends before its last step.
 
         Returns:
             What to tell, when a trace has been written.
@@ -100,11 +99,12 @@ class _Time:
 def _figures(profiler: profile) -> dict[str, _Time]:
     """Times by name of a phase, in microseconds; `step` for whole steps."""
     found: dict[str, _Time] = {}
-    for event in _ours(profiler.events() or []):
+    events = profiler.events() or []  # type: ignore[no-untyped-call]
+    for event in _ours(events):
         name = event.name.removeprefix(PREFIX)
         one = found.setdefault("step" if name.startswith("step ") else name, _Time())
         # The profiler shows what runs on a GPU as an event of the same name there.
-        if event.device_type == torch.autograd.DeviceType.CPU:
+        if event.device_type == DeviceType.CPU:
             one.calls += 1
             one.host += event.cpu_time_total
         else:

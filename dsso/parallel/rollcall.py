@@ -22,8 +22,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+Store: TypeAlias = Any
+"""`torch.distributed.Store`, which has no types of its own."""
+_TCPStore: Any = getattr(dist, "TCPStore", None)  # builds of torch without it have no process groups either
 
 STALL = 0.9
 """Share of the time-out in one step after which it is told who is there: NCCL ends a process without a word."""
@@ -124,10 +130,10 @@ class Rollcall:
 
     # -- the thread ---------------------------------------------------------------------------------------------
 
-    def _connect(self) -> dist.Store:
+    def _connect(self) -> Store:
         wait = timedelta(seconds=max(1.0, 3 * self.interval))
-        store = dist.TCPStore(self._address, self._port, None, False, wait, wait_for_workers=False)
-        return dist.PrefixStore(self._prefix, store)
+        store = _TCPStore(self._address, self._port, None, False, wait, wait_for_workers=False)
+        return distributed_c10d.PrefixStore(self._prefix, store)
 
     @property
     def _line(self) -> Line:
@@ -144,12 +150,12 @@ class Rollcall:
         )
         return Line(*mine)
 
-    def _write(self, store: dist.Store) -> None:
+    def _write(self, store: Store) -> None:
         self._beat += 1
         store.set(str(self.rank), json.dumps(asdict(self._line)))
 
     def _keep(self) -> None:
-        store: dist.Store | None = None
+        store: Store | None = None
         given_up_at = 0.0
         while not self._stop.wait(self.interval):
             try:
@@ -217,7 +223,7 @@ class Rollcall:
     def _ask(self, give_up: bool) -> str:
         store = self._connect()
         if give_up and store.check(["finding"]):
-            return store.get("finding").decode()
+            return str(store.get("finding").decode())
         before = _read_all(store, self.world_size)
         store.set("asked", str(self.rank))
         deadline = time.monotonic() + self._patience
@@ -327,11 +333,11 @@ def _where(thread: int) -> str:
     return first
 
 
-def _read(store: dist.Store, rank: int) -> Line | None:
+def _read(store: Store, rank: int) -> Line | None:
     return Line(**json.loads(store.get(str(rank)))) if store.check([str(rank)]) else None
 
 
-def _read_all(store: dist.Store, world_size: int) -> list[Line | None]:
+def _read_all(store: Store, world_size: int) -> list[Line | None]:
     return [_read(store, rank) for rank in range(world_size)]
 
 

@@ -39,8 +39,8 @@ def test_a_rank_elsewhere_stands_still() -> None:
     lines: list[Line | None] = [line(0), line(1, host="there", pid=12, at=NOW - 9.0), line(2)]
     told = describe(lines, [later(lines[0]), lines[1], later(lines[2])], 0, NOW)
     assert told == (
-        "rank 1 did not answer: last heard of in step 7, 9 s ago (host there, process 12; its process or its machine has"
-        " gone, or the network between)"
+        "rank 1 did not answer: last heard of in step 7, 9 s ago (host there, process 12; its process or its machine"
+        " has gone, or the network between)"
     )
 
 
