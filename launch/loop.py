@@ -255,6 +255,7 @@ class Loop:
         self._advance_clock()
         self.last_loss, self.last_health = loss, health
         line = {"step": self.step, "loss": loss, "lr": self.engine.lr(), "seconds": self.seconds, **health}
+        self.engine.publish_figures({key: value for key, value in line.items() if key not in ("step", "lr")})
         line["ranks"] = ranks_entry(ranks)
         if any(bad):
             line["bad_losses"] = sum(bad)

@@ -259,6 +259,18 @@ class DeepSpeedEngine(EngineBase):
         figures["skipped_steps"] = figures.get("skipped_steps", 0.0) + float(self._ds.skipped_steps)
         return figures
 
+    def publish_figures(self, figures: Mapping[str, Any]) -> None:
+        """Add the figures of a logged step to those that DeepSpeed's monitors write themselves.
+
+        Args:
+            figures: by name; those that are no number are left out.
+        """
+        if self._ds.monitor.enabled and self.rank == 0:
+            # The names and the abscissa, examples seen, are DeepSpeed's.
+            at = self._ds.global_samples
+            numbers = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+            self._ds.monitor.write_events([(f"Train/Samples/{name}", v, at) for name, v in numbers.items()])
+
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def publish_weights(self) -> None:
@@ -316,5 +328,9 @@ class DeepSpeedEngine(EngineBase):
 
     def close(self) -> None:
         """Take the hooks off the model and let DeepSpeed release what it holds."""
+        from deepspeed import comm
+
+        if comm.comm.comms_logger.enabled:
+            comm.log_summary()
         self._close_hooks()
         self._ds.destroy()

@@ -15,7 +15,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import psutil
 import torch
 
-from tests.launch.runs import ROOT, checkpoints, partitions, write_recipe
+from tests.launch.runs import ROOT, checkpoints, free_port, partitions, write_recipe
 
 MARK = "DSSO_FAULT_RUN"
 """Environment variable that marks every process of a run."""
@@ -142,12 +141,6 @@ def draw(number: int, chance: random.Random, kinds: Sequence[str]) -> Fault:
 # -- starting ---------------------------------------------------------------------------------------------------
 
 
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def command(launcher: str, script: str, *arguments: object) -> list[str]:
     """How a run is started at two ranks on this machine."""
     programs = Path(sys.executable).parent
@@ -157,7 +150,7 @@ def command(launcher: str, script: str, *arguments: object) -> list[str]:
             "--num_gpus",
             2,
             "--master_port",
-            _port(),
+            free_port(),
             "--master_addr",
             "127.0.0.1",
         ]
@@ -166,7 +159,7 @@ def command(launcher: str, script: str, *arguments: object) -> list[str]:
         head = [programs / "torchrun", "--nnodes", 1, "--nproc_per_node", 2, "--rdzv_backend", "c10d"]
         head += [
             "--rdzv_endpoint",
-            f"127.0.0.1:{_port()}",
+            f"127.0.0.1:{free_port()}",
             "--max-restarts",
             restarts,
             "--monitor-interval",
