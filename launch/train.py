@@ -11,6 +11,7 @@ the run does not fit.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -111,6 +112,9 @@ def _died(error: Exception, rank: int, world_size: int, output_dir: Path | None)
         return
     from dsso.parallel import rollcall
 
+    # A launcher that has seen another rank end sends these at once, and it takes some seconds to find out which.
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, signal.SIG_IGN)
     words = str(error).lower()
     if any(
         sign in words for sign in ("timed out", "timeout", "connection", "closed by peer", "nccl", "gloo")
