@@ -151,6 +151,7 @@ class Loop:
                         f"no improvement in {self.best.misses} evaluations: stopping (patience)"
                     )
                     return Outcome("patience")
+                rollcall.at(self.step + 1)
                 self._profile.begin(self.step + 1)
                 self._window()
                 self.step += 1
@@ -170,7 +171,6 @@ class Loop:
     def _window(self) -> None:
         """One optimizer step."""
         job, engine = self.job, self.engine
-        rollcall.at(self.step + 1)
         gas = engine.gradient_accumulation_steps
         indices = global_batch(len(job.data.train), job.recipe.global_batch, job.seed, self.step)
         if self.seeds is not None:

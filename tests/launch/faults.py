@@ -460,6 +460,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not kinds:
         print("error: no kind of fault can be tried here", file=sys.stderr)
         return 2
+    # Ended from outside, it takes its runs with it.
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     chance, begun = random.Random(arguments.seed), time.monotonic()
     drawn = [draw(number, chance, kinds) for number in range(arguments.faults)]
     with tempfile.TemporaryDirectory(prefix="dsso-faults-") as folder:
