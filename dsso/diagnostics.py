@@ -3,7 +3,8 @@
 Files of a run: `config.json` (what was asked for), `metrics.jsonl` (a line per logged step and per
 evaluation), `summary.json` (how it ended). Watchers look at the figures of logging steps only, so they cost
 no synchronization of their own: `NoopWatch` (a method whose step is the plain gradient says so) and
-`SkipGuard` (a run that only skips steps ends with a message).
+`SkipGuard` (a run that only skips steps ends with a message). `python -m dsso.diagnostics RUN` reads it all back
+(`dsso.health`).
 """
 
 from __future__ import annotations
@@ -169,6 +170,55 @@ def peak_bytes(device: torch.device) -> int:
 
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes * (1 if sys.platform == "darwin" else 1024)
+
+
+class Pace:
+    """What one rank did between two logged steps, without asking its device for anything that is not there yet.
+
+    Args:
+        device: of this rank.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._step = 0
+        self._clock = self._busy = 0.0
+        self._told_host = False
+
+    def start(self, step: int) -> None:
+        """Begin at a step."""
+        self._step, self._clock, self._busy = step, time.monotonic(), time.thread_time()
+
+    def figures(self, step: int, health: Mapping[str, float]) -> dict[str, Any]:
+        """Figures of the steps since the last call; to be called behind the synchronization of a logging step.
+
+        Args:
+            step: steps taken.
+            health: of this rank's engine.
+        """
+        steps, clock, busy = max(1, step - self._step), time.monotonic(), time.thread_time()
+        found: dict[str, Any] = {
+            "seconds": round((clock - self._clock) / steps, 6),
+            # Ranks wait for each other in every step, so their clocks agree; what each computed itself, differs.
+            "busy": round((busy - self._busy) / steps, 6),
+            "bytes": peak_bytes(self.device),
+        }
+        if "factor_age" in health:
+            found["factor_age"] = health["factor_age"]
+        if not self._told_host:
+            found["host"] = platform.node()
+            self._told_host = True
+        self._step, self._clock, self._busy = step, clock, busy
+        return found
+
+
+def ranks_entry(ranks: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Figures of all ranks for one line of `metrics.jsonl`: a list for each figure, in rank order.
+
+    Args:
+        ranks: what `Pace.figures` gave on each rank.
+    """
+    return {name: [one.get(name) for one in ranks] for name in ranks[0]}
 
 
 def method_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -385,3 +435,9 @@ class SkipGuard:
         if searching:
             cause = f"the loss scale is being found, now {health['loss_scale']:g}"
         return f"step {step}: {new} step(s) skipped on all ranks: {cause}; {total} in all"
+
+
+if __name__ == "__main__":
+    from dsso.health import main
+
+    sys.exit(main())

@@ -40,6 +40,7 @@ from dsso.recipe_checks import (
 )
 from dsso.recipe_forward import check_for_forward, check_for_ranks
 from dsso.recipe_models import BASELINES, SCHEDULERS, WARMUP_SHARE, BaselineConfig, without_none
+from dsso.recipe_monitors import check_monitors
 from dsso.recipe_products import check_products
 
 __all__ = ["BaselineConfig", "Precision", "Recipe", "ResolvedRecipe", "load_recipe"]
@@ -243,6 +244,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     forward = optim.is_forward(kind)
     numbers = precision(raw, dsso, stage, gradients=not forward)
     notes: tuple[str, ...] = ()
+    check_monitors(raw, kind, forward)
     if forward:
         notes = check_for_forward(raw, kind, stage)
     elif is_method:

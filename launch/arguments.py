@@ -12,6 +12,39 @@ from dsso.errors import RecipeError
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Steps `first` to `last`, counted from 1, both taken."""
+
+    first: int
+    last: int
+
+
+def parse_steps(text: str) -> Steps:
+    """Read `a:b`.
+
+    Args:
+        text: what the user wrote.
+
+    Raises:
+        RecipeError: it is not two numbers, in order, from 1.
+    """
+    first, _, last = text.partition(":")
+    try:
+        found = Steps(int(first), int(last))
+    except ValueError:
+        found = Steps(0, 0)
+    if not 1 <= found.first <= found.last:
+        raise RecipeError(
+            "--profile_steps takes two numbers of steps",
+            where="command line",
+            got=text,
+            allowed="A:B with 1 <= A <= B: steps A to B are profiled",
+            remedy="for example --profile_steps 20:24",
+        )
+    return found
+
+
+@dataclass(frozen=True)
 class Arguments:
     """What the user asked for besides the recipe."""
 
@@ -31,6 +64,8 @@ class Arguments:
     """Number of ranks to plan for; None: those that were started."""
     gpu_memory: float | None
     """Gigabytes (1e9 bytes) of a device to plan for."""
+    profile_steps: Steps | None
+    """Steps that are profiled."""
     debug: bool
     """Log every step, look for the operation that makes a NaN, show tracebacks of all errors."""
 
@@ -91,6 +126,11 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         metavar="GB",
         help="with --check: say what fits into a device of so many GB (exit status 1: the run does not)",
     )
+    parser.add_argument(
+        "--profile_steps",
+        metavar="A:B",
+        help="profile steps A to B with torch.profiler: OUTPUT_DIR/profile/rank*.json.gz, and a table of time by phase",
+    )
     parser.add_argument("--debug", action="store_true", help="log every step, find NaNs, show tracebacks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     found = parser.parse_args(argv)
@@ -101,6 +141,12 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
             remedy="give one of the two",
         )
     _check_plan(found)
+    if found.profile_steps is not None and found.check:
+        raise RecipeError(
+            "--profile_steps is for a run, and --check starts none",
+            where="command line",
+            remedy="give one of the two",
+        )
     return Arguments(
         ds_config=found.ds_config,
         output_dir=found.output_dir,
@@ -110,6 +156,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         check=found.check,
         world_size=found.world_size,
         gpu_memory=found.gpu_memory,
+        profile_steps=None if found.profile_steps is None else parse_steps(found.profile_steps),
         debug=found.debug,
     )
 

@@ -7,6 +7,7 @@ how the batch was split. Nothing here looks at a device value except on logging 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +18,17 @@ import torch
 from torch import Tensor
 
 from dsso.checkpoint import Checkpoint, Checkpointer, CheckpointError, find, rng_state, set_rng_state
-from dsso.diagnostics import FlatWatch, MetricsLog, NoopWatch, SkipGuard
+from dsso.diagnostics import FlatWatch, MetricsLog, NoopWatch, Pace, SkipGuard, ranks_entry
 from dsso.engines import estimates
 from dsso.job_time import JobTime
+from dsso.parallel import rollcall
 from dsso.parallel.collectives import gather_objects, rank
 from dsso.preempt import REQUEUE, StopRequest, control_device
 from dsso.seeding import seed_everything
 from dsso.tasks.data import Batch, global_batch, micro_batches
 from launch.best import Best
 from launch.prepare import Job
+from launch.profile import Profile
 from launch.progress import Progress
 
 if TYPE_CHECKING:
@@ -92,6 +95,8 @@ class Loop:
         self._sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
         self._stop_device = control_device(engine.device)
         self._tick = time.monotonic()
+        self._pace = Pace(engine.device)
+        self._profile = Profile(job.arguments.profile_steps, job.output_dir, job.rank)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint was written; every rank calls it."""
@@ -144,6 +149,7 @@ class Loop:
         """
         self.progress = Progress(self.step, self.job.max_steps, speak=self.job.rank == 0)
         self._tick = time.monotonic()
+        self._pace.start(self.step)
         self.engine.train()
         try:
             while True:
@@ -155,13 +161,21 @@ class Loop:
                     )
                     return Outcome("patience")
                 self.time_left.round_began()
+                rollcall.at(self.step + 1)
+                self._profile.begin(self.step + 1)
                 self._window()
                 self.step += 1
+                if self._profile.end(self.step):
+                    self._advance_clock()
+                    self._tell(self._profile.close())
+                    self._tick = time.monotonic()  # writing a trace is no part of training
                 self.progress.step()
                 signum = self._after_step()
                 if signum is not None:
                     return Outcome("stopped", signum)
         finally:
+            if sys.exc_info()[0] is None:
+                self._tell(self._profile.close())
             self.progress.close()
 
     def _window(self) -> None:
@@ -250,14 +264,16 @@ class Loop:
     def _log_step(self) -> None:
         own = self._sums.tolist()
         self._sums.zero_()
-        every = gather_objects(own)
+        health = self.engine.health()
+        every, ranks = zip(*gather_objects((own, self._pace.figures(self.step, health))), strict=True)
         finite = sum(count for _, count, _ in every)
         loss = sum(total for total, _, _ in every) / finite if finite else None
         bad = [int(count) for _, _, count in every]
-        health = self.engine.health()
         self._advance_clock()
         self.last_loss, self.last_health = loss, health
         line = {"step": self.step, "loss": loss, "lr": self.engine.lr(), "seconds": self.seconds, **health}
+        self.engine.publish_figures({key: value for key, value in line.items() if key not in ("step", "lr")})
+        line["ranks"] = ranks_entry(ranks)
         if any(bad):
             line["bad_losses"] = sum(bad)
         self.log.write(**line)
@@ -274,6 +290,7 @@ class Loop:
             again: the log of metrics has it already; only rank 0 writes one and has to know.
         """
         job, engine = self.job, self.engine
+        rollcall.at(self.step, "evaluating")
         engine.eval()
         size = self.config.eval_batch_size or engine.micro_batch_size
         metrics = job.data.evaluate(engine, split, size, job.rank, job.world_size, engine.device)
@@ -301,6 +318,7 @@ class Loop:
         """
         self._advance_clock()
         began = time.monotonic()
+        rollcall.at(self.step, "writing a checkpoint")
         state = {
             "seconds": self.seconds,
             "last_loss": self.last_loss,

@@ -77,6 +77,14 @@ def prepare(arguments: Arguments, rank: int, world_size: int) -> Job:
     bundle = tasks.adapters.apply(bundle, config.peft)
     data = tasks.prepare(task, bundle, config.task)
     steps = max_steps(config.train.max_steps, config.train.epochs, len(data.train), global_batch)
+    profiled = arguments.profile_steps
+    if profiled is not None and profiled.first > steps:
+        raise RecipeError(
+            "the run takes none of these steps",
+            where="--profile_steps",
+            got=f"{profiled.first}:{profiled.last}",
+            allowed=f"steps from 1 to {steps}",
+        )
     recipe = written.resolved(world_size, steps)
     resume = compare(resume, jsonable(recipe.to_json()))
     resume = replace(resume, notes=(*resume.notes, *notes_on_sizes(global_batch, len(data.train))))

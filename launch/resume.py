@@ -19,7 +19,16 @@ from dsso.errors import RecipeError, RunError
 if TYPE_CHECKING:
     from dsso.engines.protocol import Engine
 
-OUTPUTS = ("config.json", "metrics.jsonl", seedlog.FILE, "summary.json", "checkpoints", "best", "adapter")
+OUTPUTS = (
+    "config.json",
+    "metrics.jsonl",
+    seedlog.FILE,
+    "summary.json",
+    "checkpoints",
+    "best",
+    "adapter",
+    "profile",
+)
 """What a run writes; `--overwrite` removes these and nothing else."""
 _MUST_AGREE = (
     "optimizer.type",

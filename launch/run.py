@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from typing import TYPE_CHECKING, Any, cast
 
 from dsso import checkpoint, engines, optim
 from dsso.diagnostics import MetricsLog, environment, jsonable, method_table
+from dsso.errors import RunError
 from dsso.job_time import JobTime, end_of_job, process_start
-from dsso.parallel.collectives import barrier
+from dsso.parallel.collectives import gather_objects
 from dsso.preempt import StopRequest, leave
 from dsso.seeding import seed_everything
 from launch.finish import finish
@@ -92,13 +94,29 @@ def _say(job: Job, message: str) -> None:
 
 
 def _open_directory(job: Job) -> None:
-    """Make the output directory on rank 0, without the run that is overwritten."""
+    """Make the output directory on rank 0, without the run that is overwritten.
+
+    Raises:
+        RunError: on all ranks, where it cannot be written.
+    """
+    problem = None
     if job.rank == 0:
-        for path in job.resume.remove:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        job.output_dir.mkdir(parents=True, exist_ok=True)
-        (job.output_dir / "summary.json").unlink(missing_ok=True)  # written at the end, again
-    barrier()
+        try:
+            for path in job.resume.remove:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            job.output_dir.mkdir(parents=True, exist_ok=True)
+            (job.output_dir / "summary.json").unlink(missing_ok=True)  # written at the end, again
+            with tempfile.TemporaryFile(dir=job.output_dir):
+                pass
+        except OSError as error:
+            problem = str(error)
+    problem = gather_objects(problem)[0]
+    if problem is not None:
+        raise RunError(
+            f"rank 0 cannot write there ({problem})",
+            where=f"output_dir {job.output_dir}",
+            remedy="mount it for writing, or give another --output_dir",
+        )
 
 
 def _write_config(job: Job, engine: Engine, place: engines.Environment, step: int) -> None:

@@ -12,6 +12,7 @@ has left by itself because its time is up. With `--check --gpu_memory`: 1 where 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -98,6 +99,10 @@ def main() -> int:
 
 def _fail(error: DssoError, rank: int, world_size: int) -> int:
     """Say what is wrong: rank 0 at once, others when they are still there, so it was not rank 0's error."""
+    if world_size > 1 and error.exit_status != RecipeError.exit_status:
+        from dsso.parallel import rollcall
+
+        rollcall.end(f"error: {error}")
     if rank != 0:
         time.sleep(LAUNCHER_SECONDS)
     kind = "recipe error" if isinstance(error, RecipeError) else "error"
@@ -113,17 +118,22 @@ def _died(error: Exception, rank: int, world_size: int, output_dir: Path | None)
     traceback.print_exc()
     if world_size == 1:
         return
+    from dsso.parallel import rollcall
+
+    # A launcher that has seen another rank end sends these at once, and it takes some seconds to find out which.
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, signal.SIG_IGN)
     words = str(error).lower()
     if any(
         sign in words for sign in ("timed out", "timeout", "connection", "closed by peer", "nccl", "gloo")
     ):
         # What the collective call says is in the traceback, and is about this rank, not about the cause.
-        told = (
-            f"rank {rank}: another rank has ended, or did not answer within dsso.train.timeout_minutes;"
-            " the first message of any rank names the cause (a rank that was killed from outside, for want of memory"
-            " say, leaves none)"
+        found = rollcall.missing()
+        told = f"rank {rank}: another rank has ended, or did not answer within dsso.train.timeout_minutes" + (
+            f": {found}" if found else "; the first message of any rank names the cause"
         )
     else:
+        rollcall.end(f"{type(error).__name__}: {error}")
         told = f"rank {rank} of {world_size} ends: {type(error).__name__}: {error}"
     print(f"\n{told}{_what_now(output_dir)}", file=sys.stderr)
     _leave(1)

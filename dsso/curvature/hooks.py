@@ -33,6 +33,7 @@ from dsso.curvature.masks import TokenMasks
 from dsso.curvature.sharing import Identity, identity
 from dsso.curvature.sums import FactorSum
 from dsso.errors import RunError
+from dsso.phases import phased
 
 Approximation = Literal["expand", "reduce"]
 
@@ -209,6 +210,7 @@ class Capture:
 
     # -- backward -----------------------------------------------------------------------------------------------
 
+    @phased("capture")
     @torch.no_grad()
     def absorb(self, index: int, x: Tensor | None, g: Tensor | None, mask: Tensor | None) -> None:
         """Add one use of a layer to the window's sums.

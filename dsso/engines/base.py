@@ -333,6 +333,13 @@ class EngineBase:
         figures["loss_scale"] = self._loss_scale()
         return figures
 
+    def publish_figures(self, figures: Mapping[str, Any]) -> None:
+        """Hand the figures of a logged step to what else keeps them; nothing does but DeepSpeed's monitors.
+
+        Args:
+            figures: by name; those that are no number are left out.
+        """
+
     @property
     def stage(self) -> int | None:
         """ZeRO stage, where there are stages."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dsso.engines import zero3
 from dsso.engines.base import EngineBase
+from dsso.engines.build_lock import remove_stale_lock
 from dsso.engines.quiet import quiet
 from dsso.errors import RecipeError, RunError
 from dsso.optim._partition import PartitionOptimizer
@@ -91,6 +92,8 @@ class DeepSpeedEngine(EngineBase):
             int(config["train_micro_batch_size_per_gpu"]),
         )
         optimizer.dry_run = True
+        if device.type == "cpu":
+            remove_stale_lock("deepspeed_shm_comm")
         self._ds, _, _, self.scheduler = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -256,6 +259,18 @@ class DeepSpeedEngine(EngineBase):
         figures["skipped_steps"] = figures.get("skipped_steps", 0.0) + float(self._ds.skipped_steps)
         return figures
 
+    def publish_figures(self, figures: Mapping[str, Any]) -> None:
+        """Add the figures of a logged step to those that DeepSpeed's monitors write themselves.
+
+        Args:
+            figures: by name; those that are no number are left out.
+        """
+        if self._ds.monitor.enabled and self.rank == 0:
+            # The names and the abscissa, examples seen, are DeepSpeed's.
+            at = self._ds.global_samples
+            numbers = {k: v for k, v in figures.items() if isinstance(v, int | float)}
+            self._ds.monitor.write_events([(f"Train/Samples/{name}", v, at) for name, v in numbers.items()])
+
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def publish_weights(self) -> None:
@@ -313,5 +328,9 @@ class DeepSpeedEngine(EngineBase):
 
     def close(self) -> None:
         """Take the hooks off the model and let DeepSpeed release what it holds."""
+        from deepspeed import comm
+
+        if comm.comm.comms_logger.enabled:
+            comm.log_summary()
         self._close_hooks()
         self._ds.destroy()

@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d
 
 from dsso.engines import rendezvous
 from dsso.engines.launchers import TORCH_VARIABLES, Environment, find
+from dsso.parallel import rollcall
 
 _GRACE_SECONDS = 0.1
 
@@ -81,6 +82,7 @@ def start(environment: Environment, timeout_minutes: float = 10.0, interface: st
         dist.init_process_group(
             backend, store=store, rank=environment.rank, world_size=environment.world_size, timeout=timeout
         )
+    rollcall.start(60.0 * timeout_minutes)
 
 
 def bound_waits(minutes: float) -> None:
@@ -113,6 +115,9 @@ def settle() -> None:
 
     For ranks that leave by `os._exit` behind it: none of them is ended by its launcher because another was first.
     """
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if not dist.is_initialized():
+        return
+    rollcall.stop()
+    if dist.get_world_size() > 1:
         dist.barrier()
         time.sleep(_GRACE_SECONDS)

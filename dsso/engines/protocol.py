@@ -106,6 +106,9 @@ class Engine(Protocol):
         `slope`, `forwards`, `flat_steps` where only losses are needed).
         """
 
+    def publish_figures(self, figures: Mapping[str, Any]) -> None:
+        """Hand the figures of a logged step to DeepSpeed's monitors, where the recipe has any."""
+
     def table(self) -> list[dict[str, Any]]:
         """Rows `parameter, shape, method, owner, reason` for every trainable parameter."""
 

@@ -29,6 +29,7 @@ from dsso.optim.base import GradientMethod
 from dsso.parallel import collectives
 from dsso.parallel.deferred import Deferred
 from dsso.parallel.fragments import FragmentExchange, Span, SpanTable
+from dsso.phases import phase, phased
 from dsso.schedule import Scalar, value
 
 
@@ -258,19 +259,20 @@ class PartitionOptimizer(torch.optim.Optimizer):
         lr = float(self.param_groups[0]["lr"])
         updates: dict[str, Tensor] = {}
         owned: dict[str, Tensor] = {}
-        device = gradients[0].device
         figures = gradients[0].new_zeros(3)
-        lost = torch.zeros((), dtype=torch.bool, device=device)
+        lost = torch.zeros((), dtype=torch.bool, device=figures.device)
         if self.method is not None:
             owned = self._exchange.gather(gradients) if self._exchange else {}
             lost = self._update_statistics(gradients, lost)
-            updates, figures = self.method.precondition(owned)
+            with phase("precondition"):
+                updates, figures = self.method.precondition(owned)
             if self.steps < self.warmup.steps:
                 updates = {name: owned[name] * self.warmup.scale for name in updates}
         direct = None
         if self.direct is not None:
             first = self.warmup.scale if self.steps < self.warmup.steps else None
-            direct = self.direct.act(gradients, ~lost, first)
+            with phase("precondition"):
+                direct = self.direct.act(gradients, ~lost, first)
         self._norms = self._reduce(gradients, owned, updates, direct, lost, figures)
         self._finish(gradients, updates, lr)
         self.steps += 1
@@ -288,6 +290,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
         self.method.update(self.steps, bad)
         return bad
 
+    @phased("clip")
     def _reduce(
         self,
         gradients: Sequence[Tensor],
@@ -344,6 +347,7 @@ class PartitionOptimizer(torch.optim.Optimizer):
             torch._foreach_mul_(gradients, self._scale)
         self._apply(gradients, lr)
 
+    @phased("base rule")
     def _apply(self, gradients: Sequence[Tensor], lr: float) -> None:
         """Base rules on all pieces, rule by rule."""
         assert self._norms is not None

@@ -19,6 +19,7 @@ from dsso.errors import RunError
 from dsso.optim._rules import Rule
 from dsso.parallel import collectives
 from dsso.parallel.fragments import Span, SpanTable
+from dsso.phases import phased
 
 Write = Callable[[str, int, Tensor, Tensor], None]
 """`write(name, start, base, out)`: fill `out` with what the model shall compute with in the place of `base`, the
@@ -251,6 +252,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self._figures = {"slope": float(measures[:, 0].abs().mean()), "forwards": float(forwards)}
         return losses.mean()
 
+    @phased("evaluate")
     def _evaluate(self, closure: Callable[[], Tensor], weights: Weights) -> tuple[Tensor, int]:
         """Sums of all ranks at every probe, [probes, m], and how many of them this rank has evaluated; collective."""
         method, step = self.forward_method, self.steps
@@ -281,6 +283,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
             found
         )
 
+    @phased("move")
     def _move(self, measures: Tensor | None, lr: float) -> None:
         """Move the weights and count the step: a skipped one without measures, a flat one without any slope."""
         assert self._weights is not None

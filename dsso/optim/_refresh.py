@@ -24,6 +24,7 @@ from dsso.optim._statistics import send_factorizations
 from dsso.parallel import collectives
 from dsso.parallel.deferred import Deferred
 from dsso.parallel.placement import Placement, slots
+from dsso.phases import phased
 from dsso.schedule import Interval
 
 JITTERS = (1e-6, 1e-4, 1e-2)
@@ -160,6 +161,7 @@ class Refresh:
 
     # -- factorization ------------------------------------------------------------------------------------------
 
+    @phased("factorize")
     def run(self, keys: Collection[str], step: int, damping: float, floor: float) -> None:
         """Factorize what is due, retry what failed a step ago, take over what is ready; collective.
 

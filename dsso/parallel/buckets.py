@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsso.phases import phased
+
 
 @dataclass
 class _Bucket:
@@ -74,6 +76,7 @@ class OwnerBuckets:
         self._arrivals: list[_Arrival] = []
         self.sent = 0
 
+    @phased("reduce")
     def put(self, owners: Sequence[int], values: Tensor, wait: bool = True) -> None:
         """Add one vector.
 
@@ -127,6 +130,7 @@ class OwnerBuckets:
         if bucket.owner != self._me:
             bucket.data = self._like.new_empty(0, dtype=self._dtype)
 
+    @phased("reduce")
     def finish(self) -> list[Tensor]:
         """Send what is left and wait for all.
 

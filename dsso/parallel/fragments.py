@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsso.parallel import collectives
+from dsso.phases import phased
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class FragmentExchange:
     def _copy(span: Span) -> _Copy:
         return _Copy(span.name, span.start, span.numel, span.buffer, span.offset)
 
+    @phased("gather")
     def gather(self, buffers: Sequence[Tensor]) -> dict[str, Tensor]:
         """Whole flattened values of the parameters that this rank owns, from the holders' flat buffers.
 
@@ -192,6 +194,7 @@ class FragmentExchange:
                 at += c.numel
         return views
 
+    @phased("write back")
     def scatter(self, values: Mapping[str, Tensor], buffers: Sequence[Tensor]) -> None:
         """Write owners' values back into every holder's flat buffers, in place.
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from dsso.parallel import collectives, noise_cpu, noise_triton
+from dsso.phases import phased
 
 Kind = Literal["rademacher", "gaussian"]
 
@@ -188,6 +189,7 @@ def agree(device: torch.device) -> None:
         )
 
 
+@phased("noise")
 def add(out: Tensor, base: Tensor, direction: Direction, start: int, scale: float) -> None:
     """Set `out` to base + scale z, computed in fp32 and rounded once to the type of `out`.
 

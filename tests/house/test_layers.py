@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.house.files import ROOT, python_files, short
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_version", "errors", "files", "linalg", "schedule", "config"),
+    ("_version", "errors", "files", "phases", "linalg", "schedule", "config"),
     ("curvature", "parallel"),
     ("clip", "optim", "seedlog"),
     ("engines",),
@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "preempt",
         "job_time",
         "diagnostics",
+        "health",
         "results",
         "plots",
         "plan",

@@ -65,11 +65,16 @@ def train(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return entry.main()
 
 
-def launcher(*arguments: object, script: str = "launch/train.py", ranks: int = 2) -> list[str]:
-    """The command line of DeepSpeed's launcher on this machine, with a port of its own."""
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def launcher(*arguments: object, script: str = "launch/train.py", ranks: int = 2) -> list[str]:
+    """The command line of DeepSpeed's launcher on this machine, with a port of its own."""
+    port = free_port()
     # beside this interpreter: the environment need not be active
     program = Path(sys.executable).parent / "deepspeed"
     head = [program, "--num_gpus", ranks, "--master_port", port, "--master_addr", "127.0.0.1"]
@@ -77,10 +82,10 @@ def launcher(*arguments: object, script: str = "launch/train.py", ranks: int = 2
 
 
 def lines(run: Path, steps: bool = True) -> list[dict[str, Any]]:
-    """Logged steps of a run, or its evaluations; without the clock."""
+    """Logged steps of a run, or its evaluations; without the clock, and without what differs between ranks."""
     every = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     chosen = [line for line in every if ("eval" not in line) == steps]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in chosen]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "ranks")} for line in chosen]
 
 
 def summary(run: Path) -> dict[str, Any]:

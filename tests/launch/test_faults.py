@@ -1,0 +1,70 @@
+"""A slice of `python tests/launch/faults.py`: runs that are broken, named, ended, and gone on with exactly."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.launch import faults
+from tests.launch.faults import KINDS, Fault, Soak, draw, lacking, tally
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def soak(tmp_path_factory: pytest.TempPathFactory) -> Soak:
+    """What undisturbed runs made is kept for all tests."""
+    return Soak(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("die", "ddp", "KFAC", "restarts", 1, 5),
+        Fault("raise", "ddp", "KFAC", "torchrun", 0, 6),
+        Fault("mine-readonly", "ddp", "KFAC", "torchrun", 1, 5),
+    ],
+    ids=lambda fault: f"{fault.kind}-{fault.launcher}",
+)
+def test_a_few_faults(fault: Fault, soak: Soak) -> None:
+    why = lacking(fault.kind)
+    if why is not None:
+        pytest.skip(f"{fault.kind}: {why}")
+    soak.break_one(fault)
+    assert fault.good, f"{fault.line(1)}\n{fault.output}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_whole_soak(tmp_path: Path) -> None:
+    assert faults.main(["--faults", "30", "--keep", str(tmp_path)]) == 0
+
+
+def test_what_is_drawn_is_the_same_for_a_seed_and_shows_every_kind() -> None:
+    kinds = list(KINDS)
+    first = [draw(number, random.Random(number), kinds) for number in range(len(kinds))]
+    again = [draw(number, random.Random(number), kinds) for number in range(len(kinds))]
+    assert first == again
+    assert [one.kind for one in first] == kinds
+    assert all(re.compile(kind.told.format(rank=1, other=0)) for kind in KINDS.values())
+
+
+def test_a_tally_misses_what_is_missing() -> None:
+    good = Fault("die", "ddp", "KFAC", "torchrun", 1, 5, in_time=True, named=True, resumed=True)
+    bad = Fault("hang", "ddp", "KFAC", "torchrun", 1, 5, in_time=True, lost=2, orphans=["12 python"])
+    assert good.good
+    assert not bad.good
+    assert tally([good, bad]) == {
+        "faults": 2,
+        "ended_in_time": 2,
+        "named": 1,
+        "resumed": 1,
+        "steps_lost": 2,
+        "orphans": 1,
+    }
+    assert "NOT NAMED" in bad.line(2)
+    assert "2 STEPS LOST" in bad.line(2)
+    assert "ORPHANS: 12 python" in bad.line(2)
