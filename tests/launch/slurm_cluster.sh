@@ -48,23 +48,18 @@ dir="$(mktemp -d)"
 mark="DSSO_SLURM_CLUSTER=$dir"
 export DSSO_SLURM_CLUSTER="$dir" # by which its processes are told from all others
 
-ours() { # process ids of everything that was started with our mark, this shell and its children left out
-    local path
-    for path in /proc/[0-9]*/environ; do
-        { tr '\0' '\n' <"$path" | grep -qxF "$mark"; } 2>/dev/null && printf '%s\n' "$(basename "${path%/environ}")"
-    done
+end_all() { # everything that was started with our mark: jobs, and what they leave behind; this shell has no mark itself
+    local files
+    mapfile -t files < <(grep -lzxF "$mark" /proc/[0-9]*/environ 2>/dev/null)
+    files=("${files[@]#/proc/}")
+    [ ${#files[@]} -eq 0 ] || kill -KILL "${files[@]%/environ}" 2>/dev/null
 }
 stop() {
-    local pid
     trap - EXIT INT TERM
-    scancel --user="$(id -un)" --signal=KILL --full 2>/dev/null
-    for pid in "$dir"/*.pid; do
-        [ -s "$pid" ] && kill "$(cat "$pid")" 2>/dev/null
-    done
-    sleep 1
-    for pid in $(ours); do
-        [ "$pid" = "$$" ] || kill -KILL "$pid" 2>/dev/null
-    done
+    # Twice: the first round may meet a process that is about to start another.
+    end_all
+    sleep 0.3
+    end_all
     if [ -n "${KEEP:-}" ]; then
         printf 'kept: %s\n' "$dir"
     else
@@ -193,13 +188,13 @@ same() { # same RUN RUN BOUND: the weights at the end; bound 0: bit by bit
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 
 mine, theirs, bound = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 ours, others = ({k: v for f in sorted((run / "best").glob("*.safetensors")) for k, v in load_file(f).items()} for run in (mine, theirs))
 assert ours and ours.keys() == others.keys(), (len(ours), len(others))
-norm = sum(float(v.double().square().sum()) for v in others.values()) ** 0.5
-apart = sum(float((ours[k].double() - v.double()).square().sum()) for k, v in others.items()) ** 0.5 / norm
+norm = sum(float((v.astype("f8") ** 2).sum()) for v in others.values()) ** 0.5
+apart = sum(float(((ours[k].astype("f8") - v) ** 2).sum()) for k, v in others.items()) ** 0.5 / norm
 print(f"{len(ours)} tensors, {apart:.2e} apart")
 sys.exit(apart > bound)
 PY
@@ -243,7 +238,7 @@ JSON
 cat >"$dir/sweep.json" <<'JSON'
 {
   "recipe": "kfac.json",
-  "set": {"dsso.train.max_steps": 3, "dsso.train.eval_interval": 3},
+  "set": {"dsso.train.max_steps": 3, "dsso.train.eval_interval": 3, "dsso.engine": "ddp"},
   "grid": {"optimizer.params.lr": [0.01, 0.02, 0.05], "optimizer.params.tau": [0.5, 2.0]}
 }
 JSON
@@ -295,10 +290,11 @@ check "MeZO: bit by bit what the uninterrupted run has" same "$runs/mezo_cut" "$
 plain=$(submit --nodes=2 --ntasks=2 --wrap "python launch/train.py --ds_config $dir/kfac.json \
     --output_dir $runs/plain --set dsso.train.max_steps=10")
 stopped="$(find "$runs/kfac_cut/checkpoints" -name 'step_*' 2>/dev/null | sort | head -n 1)"
-fewer=$(submit launch/slurm/single.sbatch "$dir/kfac.json" --output_dir "$runs/fewer" --resume "$stopped")
+fewer=$(submit launch/slurm/single.sbatch "$dir/kfac.json" --output_dir "$runs/fewer" --resume "$stopped" \
+    --set dsso.engine=ddp)
 # Less time than a checkpoint may take before one is measured: the run leaves after its first step, by itself.
 late=$(submit launch/slurm/debug.sbatch "$dir/kfac.json" --output_dir "$runs/late" \
-    --set dsso.train.time_limit_minutes=0.5)
+    --set dsso.train.time_limit_minutes=0.5 --set dsso.engine=ddp)
 missing=$(submit launch/slurm/single.sbatch configs/no_such_recipe.json)
 wrong=$(submit launch/slurm/multinode.sbatch "$dir/kfac.json" --output_dir "$runs/wrong" --set optimizer.params.dampin=1)
 mixed=$(submit --nodes=2 --ntasks=2 --wrap "export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=1
@@ -309,7 +305,7 @@ check "plain python in a job of two tasks: one process" finish "$plain"
 launcher() { grep "\"launcher\": \"$2\"" "$1/config.json" || { grep launcher "$1/config.json" && return 1; }; }
 check "  it says so, and srun says srun" eval 'launcher "$runs/plain" none && launcher "$runs/kfac" srun'
 check "  and its losses are those of srun on 2 nodes to 1e-6" losses "$runs/plain" "$runs/kfac" 1e-6
-check "K-FAC stopped on 2 nodes goes on with 1" finish "$fewer"
+check "K-FAC stopped on 2 nodes (ZeRO-1) goes on with 1 (DDP)" finish "$fewer"
 check "  to rounding (1e-4)" same "$runs/fewer" "$runs/kfac" 1e-4
 check "a run leaves by itself before its time is up: exit 138 without requeue" finish "$late" 138
 check "  with a checkpoint" eval 'ls "$runs/late/checkpoints"/step_* && grep "s are left of the job" "$DSSO_LOGS/$late/rank_0.log"'
