@@ -49,7 +49,13 @@ mark="DSSO_SLURM_CLUSTER=$dir"
 export DSSO_SLURM_CLUSTER="$dir" # by which its processes are told from all others
 
 end_all() { # everything that was started with our mark: jobs, and what they leave behind; this shell has no mark itself
-    local files
+    local files link
+    # Slurm's step daemons write their title over their environment, but work in our folder.
+    for link in /proc/[0-9]*/cwd; do
+        case "$(readlink "$link")" in
+        "$dir"/*) kill -KILL "$(cut -d/ -f3 <<<"$link")" ;;
+        esac
+    done 2>/dev/null
     mapfile -t files < <(grep -lzxF "$mark" /proc/[0-9]*/environ 2>/dev/null)
     files=("${files[@]#/proc/}")
     [ ${#files[@]} -eq 0 ] || kill -KILL "${files[@]%/environ}" 2>/dev/null
