@@ -232,6 +232,10 @@ def _over_mpi(place: Environment, interface: str | None) -> tuple[str, int]:
             remedy="pip install 'dsso[mpi]' (mpi4py), or start through torchrun, deepspeed or srun",
         )
     try:
+        import mpi4py
+
+        # Initialized below: MPICH ends the process there when Open MPI has started it.
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of what is checked below
             from mpi4py import MPI
@@ -241,15 +245,17 @@ def _over_mpi(place: Environment, interface: str | None) -> tuple[str, int]:
             where="environment",
             remedy="let LD_LIBRARY_PATH or MPI4PY_LIBMPI lead to the library of the MPI whose mpirun this is",
         ) from None
+    library = MPI.Get_library_version().strip("\0 \n").splitlines()[0]
+    open_mpi = "OMPI_COMM_WORLD_SIZE" in os.environ
+    if open_mpi != ("Open MPI" in library):
+        raise _another_mpi(library, f"mpirun is that of {'Open MPI' if open_mpi else 'MPICH or its kin'}")
+    if not MPI.Is_initialized():
+        MPI.Init_thread()
     world = MPI.COMM_WORLD
     if (world.rank, world.size) != (place.rank, place.world_size):
-        raise RecipeError(
-            f"mpi4py is of another MPI than mpirun: it takes this process for rank {world.rank} of {world.size},"
-            f" mpirun for {place}",
-            where="environment",
-            got=MPI.Get_library_version().strip("\0 \n").splitlines()[0],
-            remedy="start with the mpirun of that library, or let MPI4PY_MPIABI (mpich, openmpi) and LD_LIBRARY_PATH"
-            " name the other one",
+        raise _another_mpi(
+            library,
+            f"it takes this process for rank {world.rank} of {world.size}, mpirun for {place}",
         )
     on_this_host = world.Split_type(MPI.COMM_TYPE_SHARED)
     told = None
@@ -259,3 +265,13 @@ def _over_mpi(place: Environment, interface: str | None) -> tuple[str, int]:
     on_this_host.Free()
     address, port = world.bcast(told)
     return str(address), int(port)
+
+
+def _another_mpi(library: str, sign: str) -> RecipeError:
+    return RecipeError(
+        f"mpi4py is of another MPI than mpirun: {sign}",
+        where="environment",
+        got=library,
+        remedy="start with the mpirun of that library, or let MPI4PY_MPIABI (mpich, openmpi) and LD_LIBRARY_PATH name"
+        " the other one",
+    )

@@ -3,6 +3,7 @@
 # it: runs that are preempted, queued again and gone on with, a sweep as a job array, and input that cannot be used.
 #
 #   bash tests/launch/slurm_cluster.sh
+#   bash tests/launch/slurm_cluster.sh input array     some parts: preemption, place (needs the former), input, array
 #   KEEP=1 bash tests/launch/slurm_cluster.sh     leaves the folder with all logs
 #
 # Needs Slurm and Munge (Debian: slurm-wlm munge; installed when root). Exit status: 0 all checks passed, 1 one has not,
@@ -48,23 +49,24 @@ dir="$(mktemp -d)"
 mark="DSSO_SLURM_CLUSTER=$dir"
 export DSSO_SLURM_CLUSTER="$dir" # by which its processes are told from all others
 
-ours() { # process ids of everything that was started with our mark, this shell and its children left out
-    local path
-    for path in /proc/[0-9]*/environ; do
-        { tr '\0' '\n' <"$path" | grep -qxF "$mark"; } 2>/dev/null && printf '%s\n' "$(basename "${path%/environ}")"
-    done
+end_all() { # everything that was started with our mark: jobs, and what they leave behind; this shell has no mark itself
+    local files link
+    # Slurm's step daemons write their title over their environment, but work in our folder.
+    for link in /proc/[0-9]*/cwd; do
+        case "$(readlink "$link")" in
+        "$dir"/*) kill -KILL "$(cut -d/ -f3 <<<"$link")" ;;
+        esac
+    done 2>/dev/null
+    mapfile -t files < <(grep -lzxF "$mark" /proc/[0-9]*/environ 2>/dev/null)
+    files=("${files[@]#/proc/}")
+    [ ${#files[@]} -eq 0 ] || kill -KILL "${files[@]%/environ}" 2>/dev/null
 }
 stop() {
-    local pid
     trap - EXIT INT TERM
-    scancel --user="$(id -un)" --signal=KILL --full 2>/dev/null
-    for pid in "$dir"/*.pid; do
-        [ -s "$pid" ] && kill "$(cat "$pid")" 2>/dev/null
-    done
-    sleep 1
-    for pid in $(ours); do
-        [ "$pid" = "$$" ] || kill -KILL "$pid" 2>/dev/null
-    done
+    # Twice: the first round may meet a process that is about to start another.
+    end_all
+    sleep 0.3
+    end_all
     if [ -n "${KEEP:-}" ]; then
         printf 'kept: %s\n' "$dir"
     else
@@ -153,6 +155,8 @@ printf 'a cluster of two nodes (%s) after %s s\n' "$(slurmd --version)" "$SECOND
 
 # ---- helpers of the checks -----------------------------------------------------------------------------------------
 
+parts=" ${*:-preemption place input array} "
+want() { [[ "$parts" == *" $1 "* ]]; }
 failed=0
 check() { # check WORDS COMMAND…
     local words="$1"
@@ -193,13 +197,13 @@ same() { # same RUN RUN BOUND: the weights at the end; bound 0: bit by bit
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 
 mine, theirs, bound = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 ours, others = ({k: v for f in sorted((run / "best").glob("*.safetensors")) for k, v in load_file(f).items()} for run in (mine, theirs))
 assert ours and ours.keys() == others.keys(), (len(ours), len(others))
-norm = sum(float(v.double().square().sum()) for v in others.values()) ** 0.5
-apart = sum(float((ours[k].double() - v.double()).square().sum()) for k, v in others.items()) ** 0.5 / norm
+norm = sum(float((v.astype("f8") ** 2).sum()) for v in others.values()) ** 0.5
+apart = sum(float(((ours[k].astype("f8") - v) ** 2).sum()) for k, v in others.items()) ** 0.5 / norm
 print(f"{len(ours)} tensors, {apart:.2e} apart")
 sys.exit(apart > bound)
 PY
@@ -243,7 +247,7 @@ JSON
 cat >"$dir/sweep.json" <<'JSON'
 {
   "recipe": "kfac.json",
-  "set": {"dsso.train.max_steps": 3, "dsso.train.eval_interval": 3},
+  "set": {"dsso.train.max_steps": 3, "dsso.train.eval_interval": 3, "dsso.engine": "ddp"},
   "grid": {"optimizer.params.lr": [0.01, 0.02, 0.05], "optimizer.params.tau": [0.5, 2.0]}
 }
 JSON
@@ -256,23 +260,7 @@ outside() { # a job script without Slurm
     echo "$status: $told"
     [ "$status" = 2 ] && grep -q 'job script for Slurm. Usage: sbatch' <<<"$told"
 }
-for name in single multinode array debug; do
-    check "$name.sbatch outside Slurm: a clear error, exit 2" outside "$name"
-done
 unknown() { ! submit --partition=nosuch launch/slurm/single.sbatch "$dir/kfac.json"; }
-check "an unknown partition is refused by sbatch" unknown
-
-# Two jobs share the nodes from here on, so each run also meets another one on its host.
-kfac=$(submit launch/slurm/multinode.sbatch "$dir/kfac.json" --output_dir "$runs/kfac")
-cut=$(submit launch/slurm/multinode.sbatch "$dir/kfac.json" --output_dir "$runs/kfac_cut")
-# One of them meets at an IPv6 address where there are any, another is bound to an interface.
-export MASTER_ADDR=::1
-grep -q ' lo$' /proc/net/if_inet6 2>/dev/null || unset MASTER_ADDR
-mezo=$(submit launch/slurm/multinode.sbatch "$dir/mezo.json" --output_dir "$runs/mezo")
-unset MASTER_ADDR
-mezo_cut=$(submit launch/slurm/multinode.sbatch "$dir/mezo.json" --output_dir "$runs/mezo_cut" \
-    --set dsso.train.interface=lo)
-
 preempted() { # preempted JOB RUN: SIGUSR1 in its midst makes it write a checkpoint and be queued again
     await 120 logged "$2" 3 || { echo "never in its midst: $(field "$1" JobState)" && return 1; }
     scancel --signal=USR1 "$1"
@@ -282,52 +270,86 @@ preempted() { # preempted JOB RUN: SIGUSR1 in its midst makes it write a checkpo
     [ -d "$2/checkpoints" ] && [ ! -e "$2/summary.json" ] &&
         grep -q 'SIGUSR1: writing a checkpoint after this step' "$DSSO_LOGS/$1/rank_0.log"
 }
-check "K-FAC on 2 nodes: preempted by SIGUSR1, queued again" preempted "$cut" "$runs/kfac_cut"
-check "MeZO on 2 nodes: preempted by SIGUSR1, queued again" preempted "$mezo_cut" "$runs/mezo_cut"
-check "K-FAC on 2 nodes: uninterrupted" finish "$kfac"
-check "K-FAC: the preempted job came to its end" finish "$cut"
-check "K-FAC: bit by bit what the uninterrupted run has" same "$runs/kfac_cut" "$runs/kfac" 0
-check "MeZO on 2 nodes: uninterrupted" finish "$mezo"
-check "MeZO: the preempted job came to its end" finish "$mezo_cut"
-check "MeZO: bit by bit what the uninterrupted run has" same "$runs/mezo_cut" "$runs/mezo" 0
-
-# A job script that starts plain Python is one process, also where it has several tasks.
-plain=$(submit --nodes=2 --ntasks=2 --wrap "python launch/train.py --ds_config $dir/kfac.json \
-    --output_dir $runs/plain --set dsso.train.max_steps=10")
-stopped="$(find "$runs/kfac_cut/checkpoints" -name 'step_*' 2>/dev/null | sort | head -n 1)"
-fewer=$(submit launch/slurm/single.sbatch "$dir/kfac.json" --output_dir "$runs/fewer" --resume "$stopped")
-# Less time than a checkpoint may take before one is measured: the run leaves after its first step, by itself.
-late=$(submit launch/slurm/debug.sbatch "$dir/kfac.json" --output_dir "$runs/late" \
-    --set dsso.train.time_limit_minutes=0.5)
-missing=$(submit launch/slurm/single.sbatch configs/no_such_recipe.json)
-wrong=$(submit launch/slurm/multinode.sbatch "$dir/kfac.json" --output_dir "$runs/wrong" --set optimizer.params.dampin=1)
-mixed=$(submit --nodes=2 --ntasks=2 --wrap "export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=1
-    srun python launch/train.py --ds_config $dir/kfac.json --output_dir $runs/mixed")
-array=$(submit --array=0-5 launch/slurm/array.sbatch "$dir/sweep.json" --out "$runs/sweep")
-
-check "plain python in a job of two tasks: one process" finish "$plain"
 launcher() { grep "\"launcher\": \"$2\"" "$1/config.json" || { grep launcher "$1/config.json" && return 1; }; }
-check "  it says so, and srun says srun" eval 'launcher "$runs/plain" none && launcher "$runs/kfac" srun'
-check "  and its losses are those of srun on 2 nodes to 1e-6" losses "$runs/plain" "$runs/kfac" 1e-6
-check "K-FAC stopped on 2 nodes goes on with 1" finish "$fewer"
-check "  to rounding (1e-4)" same "$runs/fewer" "$runs/kfac" 1e-4
-check "a run leaves by itself before its time is up: exit 138 without requeue" finish "$late" 138
-check "  with a checkpoint" eval 'ls "$runs/late/checkpoints"/step_* && grep "s are left of the job" "$DSSO_LOGS/$late/rank_0.log"'
-check "a recipe that is not there: exit 2" finish "$missing" 2
-check "  and the reason" said "$missing" "there is no recipe configs/no_such_recipe.json"
-check "an unknown key of the recipe: exit 2 through srun" finish "$wrong" 2
-check "  and the reason, in the file of the job" said "$wrong" "nearest: 'damping'"
-check "variables of two launchers: exit 2 through srun" finish "$mixed" 2
-check "  and the reason" said "$mixed" "two launchers contradict each other"
-
+left_early() { ls "$runs/late/checkpoints"/step_* && grep 's are left of the job' "$DSSO_LOGS/$late/rank_0.log"; }
 table() {
     python launch/sweep.py table "$runs/sweep" >"$dir/table" 2>&1
     cat "$dir/table"
     [ "$(grep -c 'finished' "$dir/table")" -ge 6 ]
 }
 all_ended() { ! squeue --noheader --jobs "$array" 2>/dev/null | grep -q .; }
-check "a sweep of 6 points as a job array" await 180 all_ended
-check "  and its table" table
+
+# Jobs are submitted before they are waited for: two of them share the nodes all the time, and meet on one host.
+if want preemption; then
+    kfac=$(submit launch/slurm/multinode.sbatch "$dir/kfac.json" --output_dir "$runs/kfac")
+    cut=$(submit launch/slurm/multinode.sbatch "$dir/kfac.json" --output_dir "$runs/kfac_cut")
+    # One of them meets at an IPv6 address where there are any, another is bound to an interface.
+    export MASTER_ADDR=::1
+    grep -q ' lo$' /proc/net/if_inet6 2>/dev/null || unset MASTER_ADDR
+    mezo=$(submit launch/slurm/multinode.sbatch "$dir/mezo.json" --output_dir "$runs/mezo")
+    unset MASTER_ADDR
+    mezo_cut=$(submit launch/slurm/multinode.sbatch "$dir/mezo.json" --output_dir "$runs/mezo_cut" \
+        --set dsso.train.interface=lo)
+    check "K-FAC on 2 nodes: preempted by SIGUSR1, queued again" preempted "$cut" "$runs/kfac_cut"
+    check "MeZO on 2 nodes: preempted by SIGUSR1, queued again" preempted "$mezo_cut" "$runs/mezo_cut"
+fi
+if want input; then
+    for name in single multinode array debug; do
+        check "$name.sbatch outside Slurm: a clear error, exit 2" outside "$name"
+    done
+    check "an unknown partition is refused by sbatch" unknown
+    missing=$(submit launch/slurm/single.sbatch configs/no_such_recipe.json)
+    wrong=$(submit launch/slurm/multinode.sbatch "$dir/kfac.json" --output_dir "$runs/wrong" \
+        --set optimizer.params.dampin=1)
+    mixed=$(submit --nodes=2 --ntasks=2 --wrap "export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=1
+        srun python launch/train.py --ds_config $dir/kfac.json --output_dir $runs/mixed")
+fi
+if want place; then
+    finish "$cut" >/dev/null
+    # A job script that starts plain Python is one process, also where it has several tasks.
+    plain=$(submit --nodes=2 --ntasks=2 --wrap "python launch/train.py --ds_config $dir/kfac.json \
+        --output_dir $runs/plain --set dsso.train.max_steps=10")
+    stopped="$(find "$runs/kfac_cut/checkpoints" -name 'step_*' 2>/dev/null | sort | head -n 1)"
+    fewer=$(submit launch/slurm/single.sbatch "$dir/kfac.json" --output_dir "$runs/fewer" --resume "$stopped" \
+        --set dsso.engine=ddp)
+    # Less time than a checkpoint may take before one is measured: the run leaves after its first step, by itself.
+    late=$(submit launch/slurm/debug.sbatch "$dir/kfac.json" --output_dir "$runs/late" \
+        --set dsso.train.time_limit_minutes=0.5 --set dsso.engine=ddp)
+fi
+if want array; then
+    array=$(submit --array=0-5 launch/slurm/array.sbatch "$dir/sweep.json" --out "$runs/sweep")
+fi
+
+if want preemption; then
+    check "K-FAC on 2 nodes: uninterrupted" finish "$kfac"
+    check "K-FAC: the preempted job came to its end" finish "$cut"
+    check "  bit by bit what the uninterrupted run has" same "$runs/kfac_cut" "$runs/kfac" 0
+    check "MeZO on 2 nodes: uninterrupted" finish "$mezo"
+    check "MeZO: the preempted job came to its end" finish "$mezo_cut"
+    check "  bit by bit what the uninterrupted run has" same "$runs/mezo_cut" "$runs/mezo" 0
+fi
+if want input; then
+    check "a recipe that is not there: exit 2" finish "$missing" 2
+    check "  and the reason" said "$missing" "there is no recipe configs/no_such_recipe.json"
+    check "an unknown key of the recipe: exit 2 through srun" finish "$wrong" 2
+    check "  and the reason, in the file of the job" said "$wrong" "nearest: 'damping'"
+    check "variables of two launchers: exit 2 through srun" finish "$mixed" 2
+    check "  and the reason" said "$mixed" "two launchers contradict each other"
+fi
+if want place; then
+    check "plain python in a job of two tasks: one process" finish "$plain"
+    check "  and says so" launcher "$runs/plain" none
+    check "  while srun says srun" launcher "$runs/kfac" srun
+    check "  and its losses are those of srun on 2 nodes to 1e-6" losses "$runs/plain" "$runs/kfac" 1e-6
+    check "K-FAC stopped on 2 nodes (ZeRO-1) goes on with 1 (DDP)" finish "$fewer"
+    check "  to rounding (1e-4)" same "$runs/fewer" "$runs/kfac" 1e-4
+    check "a run leaves by itself before its time is up: exit 138 without requeue" finish "$late" 138
+    check "  with a checkpoint" left_early
+fi
+if want array; then
+    check "a sweep of 6 points as a job array" await 180 all_ended
+    check "  and its table" table
+fi
 
 printf '%s after %s s\n' "$([ "$failed" = 0 ] && echo 'all checks passed' || echo FAILED)" "$SECONDS"
 exit "$failed"

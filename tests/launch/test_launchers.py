@@ -162,6 +162,11 @@ def test_an_mpi_of_another_kind_is_told(runs: Runs) -> None:
     """What mpi4py is linked with does not find the processes of mpirun: each is alone with itself."""
     words = [mpich(), "-n", 2, "env", "-u", "PMI_FD", sys.executable, TRAIN]
     runs.start("out", words, ONE_MACHINE)
+    variables = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_RANK": "0"}
+    runs.start("open", [sys.executable, TRAIN], variables)
+    runs.end("open", status=2)
+    assert "than mpirun: mpirun is that of Open MPI" in runs.told("open")
+    assert "got: 'MPICH Version:" in runs.told("open")
     out = runs.end("out", status=2)
     told = runs.told("out")
     assert "mpi4py is of another MPI than mpirun: it takes this process for rank 0 of 1" in told, told
