@@ -1,4 +1,4 @@
-"""A rank that is started by torchrun: in the first attempt one of them is killed, in the second they add up their numbers.
+"""A rank that torchrun starts: in the first attempt one of them is killed, in the second they add up their numbers.
 
 With `plain` as its argument the process group is torch's own from the environment.
 """
