@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,12 +78,30 @@ def start(environment: Environment, timeout_minutes: float = 10.0, interface: st
     timeout = timedelta(minutes=timeout_minutes)
     store = rendezvous.store(environment, timeout)
     if store is None:
+        store = _store_of_attempt(environment, timeout)
+    if store is None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(
             backend, store=store, rank=environment.rank, world_size=environment.world_size, timeout=timeout
         )
     rollcall.start(60.0 * timeout_minutes)
+
+
+def _store_of_attempt(environment: Environment, timeout: timedelta) -> Any:
+    """A part of the launcher's store for this attempt alone; None where the launcher keeps none.
+
+    torchrun starts ranks again with the same store, in which those before have left their addresses: a process group
+    made from it would wait for processes that are dead.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    client: Any = getattr(dist, "TCPStore")  # noqa: B009 (it has no types)
+    store = client(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), environment.world_size, False, timeout
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return distributed_c10d.PrefixStore(f"dsso/attempt/{attempt}", store)
 
 
 def bound_waits(minutes: float) -> None:

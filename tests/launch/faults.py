@@ -81,9 +81,9 @@ KINDS: dict[str, Kind] = {
     "hang": Kind(r"rank {rank} .*(answers, but has been|hangs)"),
     "raise": Kind(r"rank {rank} .*a surprise"),
     "cut": Kind(r"rank {rank}\b.*did not answer", network=True),
-    "fill": Kind(r"rank \d: the disk is full|lines could not be written|could not be written", disk=True),
-    "readonly": Kind(r"could not be written .*rank \d.*[Rr]ead-only|[Rr]ead-only", disk=True),
-    "mine-readonly": Kind(r"rank {rank}\b.*[Rr]ead-only", disk=True),
+    "fill": Kind(r"rank \d: .*(No space left|the disk is full)", disk=True),
+    "readonly": Kind(r"rank \d: .*Read-only", disk=True),
+    "mine-readonly": Kind(r"rank {rank}: .*Read-only", disk=True),
     "slow": Kind("", survives=True),
 }
 RESTARTS = ("die", "raise", "hang")
@@ -349,9 +349,10 @@ class Soak:
                 place = stack.enter_context(disk(place / "disk"))
             out = place / "out"
             self._break(fault, recipe, out, place)
-            if KINDS[fault.kind].disk:
-                (place / "ballast").unlink(missing_ok=True) if fault.kind == "fill" else None
-                subprocess.run(["mount", "-o", "remount,rw", place], check=True)
+            if fault.kind == "fill":
+                (place / "ballast").unlink(missing_ok=True)
+            if fault.kind == "readonly":
+                subprocess.run(["umount", place], check=True)
             self._go_on(fault, recipe, out, whole)
 
     def _break(self, fault: Fault, recipe: Path, out: Path, place: Path) -> None:

@@ -63,7 +63,9 @@ def break_loop() -> None:
             elif KIND == "fill":
                 fill_place()
             elif KIND == "readonly":
-                subprocess.run(["mount", "-o", "remount,ro", PLACE], check=True)
+                # Files that are open stay so, which would keep the mount itself from being changed: one on top of it.
+                subprocess.run(["mount", "--bind", PLACE, PLACE], check=True)
+                subprocess.run(["mount", "-o", "remount,bind,ro", PLACE], check=True)
             elif KIND == "mine-readonly":
                 make_mine_readonly()
             elif KIND == "drift":

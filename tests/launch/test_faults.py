@@ -10,6 +10,7 @@ import pytest
 
 from tests.launch import faults
 from tests.launch.faults import KINDS, Fault, Soak, draw, lacking, tally
+from tests.launch.runs import train, write_recipe
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
 
@@ -35,6 +36,15 @@ def test_a_few_faults(fault: Fault, soak: Soak) -> None:
         pytest.skip(f"{fault.kind}: {why}")
     soak.break_one(fault)
     assert fault.good, f"{fault.line(1)}\n{fault.output}"
+
+
+def test_an_output_directory_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(monkeypatch, "--ds_config", write_recipe(tmp_path), "--output_dir", "/proc/dsso/out") == 1
+    told = capsys.readouterr().err
+    assert "error: output_dir /proc/dsso/out: rank 0 cannot write there" in told
+    assert "Traceback" not in told
 
 
 @pytest.mark.slow

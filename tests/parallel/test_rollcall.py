@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -48,7 +49,7 @@ def test_a_process_of_this_machine_that_was_killed_has_gone_and_a_stopped_one_is
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         still = line(1, pid=process.pid)
-        os.kill(process.pid, 19)
+        process.send_signal(signal.SIGSTOP)
         time.sleep(0.1)
         assert "which is stopped" in describe([line(0), still], [line(0), still], 0, NOW)
     finally:
@@ -123,6 +124,28 @@ def test_the_keeper_of_the_roll_is_gone() -> None:
     assert told.startswith("rank 0 did not answer: last heard of in step 3"), told
     assert time.monotonic() - begun < 10.0
     mine.close()
+
+
+@pytest.mark.timeout(120)
+def test_the_keeper_of_the_roll_is_stopped_and_answers_nobody() -> None:
+    program = (
+        "import torch.distributed as d, time; s = d.TCPStore('127.0.0.1', 0, None, True, wait_for_workers=False);"
+        " print(s.port, flush=True); time.sleep(100)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        mine = Rollcall(1, 2, 2.0, "127.0.0.1", port, "test")
+        process.send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        told = mine.missing()
+        assert told == f"rank 0, whose store at 127.0.0.1:{port} keeps the roll, did not answer"
+        assert time.monotonic() - begun < 12.0
+        mine.close()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_step_that_takes_nearly_as_long_as_the_time_out_is_told(
