@@ -200,18 +200,18 @@ def _maps(table: Table, paths: Sequence[str]) -> Figure:
     wide = not table.larger_is_better and low > 0 and high > 30 * low
     norm = LogNorm(low, high) if wide else Normalize(low, high if high > low else low + 1e-9)
     names = short_names(table.variables)
-    image = None
+    images = []
     for index, axis in enumerate(axes):
         if index >= len(panels):
             axis.axis("off")
             continue
         shown_here = [one for one in table.settings if third is None or one.values[third] == panels[index]]
-        image = _map(axis, table, shown_here, x, y, norm, _best(table, known) if known else None)
+        images.append(_map(axis, table, shown_here, x, y, norm, _best(table, known) if known else None))
         axis.set_xlabel(names[x])
         axis.set_ylabel(names[y] if index % columns == 0 else "")
         if third is not None:
             axis.set_title(f"{names[third]} = {shown(panels[index])}", loc="left", fontsize=10)
-    figure.colorbar(image, ax=axes, label=_capital(table.title), shrink=0.9)
+    figure.colorbar(images[-1], ax=axes, label=_capital(table.title), shrink=0.9)
     _title(figure, table)
     return figure
 

@@ -17,6 +17,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -28,16 +29,28 @@ ROOT = Path(__file__).resolve().parent.parent
 # As in train.py: names in launch/ would hide modules of the same name elsewhere.
 sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place or ".").resolve() != ROOT / "launch")]
 
-from dsso.errors import DssoError, RecipeError, RunError  # noqa: E402
-from dsso.results import text_table  # noqa: E402
-from dsso.sweep.format import SweepFile, read, short_names  # noqa: E402
-from dsso.sweep.points import Point, points  # noqa: E402
-from dsso.sweep.record import LOG, Ending, agree, directory, ending, open_directory  # noqa: E402
-from dsso.sweep.table import number, read_table, shown  # noqa: E402
-from launch.sweep_run import Busy, Signals, run_point  # noqa: E402
+try:
+    from dsso.errors import DssoError, RecipeError, RunError
+    from dsso.results import text_table
+    from dsso.sweep.format import SweepFile, read, short_names
+    from dsso.sweep.points import Point, points
+    from dsso.sweep.record import LOG, Ending, agree, directory, ending, open_directory
+    from dsso.sweep.table import number, read_table, shown
+    from launch.sweep_run import Busy, Signals, run_point
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] in {"dsso", "launch"}:
+        raise
+    print(
+        f"error: {sys.executable} has no package {error.name!r}\n"
+        "  remedy: activate the environment that launch/train.py runs in, see docs/guide.md",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 ARRAY_MOST = 1001
 """Slurm's default MaxArraySize."""
+OUT_OF_TIME = 128 + signal.SIGUSR1
+"""Exit status of a run whose job is to be queued again."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -110,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _read(options: argparse.Namespace) -> tuple[SweepFile, list[Point]]:
@@ -199,10 +212,11 @@ def _all(
     told = "".join(f", {count} {state} before" for state, count in sorted(known.items()))
     print(f"{len(found)} points{told}; {sum(not how.final for how in before)} to run", flush=True)
     bad = 0
-    for point, was in zip(found, before, strict=True):
+    for point in found:
+        folder = directory(out, point.name)
+        was = ending(folder)
         if was.final:
             continue
-        folder = directory(out, point.name)
         begin = f"{point.index + 1}/{len(found)} {point.name}"
         print(f"{begin}: {'started' if was.state == 'missing' else 'going on'}", flush=True)
         since = time.monotonic()
@@ -214,10 +228,11 @@ def _all(
         seconds = time.monotonic() - since
         log = "" if how.final else f" ({folder / LOG})"
         print(f"{begin}: {how.state} after {seconds:.1f} s{_because(how)}{log}", flush=True)
-        if signals.signum is not None:
+        status = how.status or 0
+        # A run that leaves so by itself does it because the time of the job is up.
+        if signals.signum is not None or status == OUT_OF_TIME:
             print("the sweep was stopped; the same command goes on", flush=True)
-            status = how.status or 0
-            return status if status > 128 else 128 + signals.signum
+            return status if status > 128 or signals.signum is None else 128 + signals.signum
         bad += not how.final
     print()
     print(text_table(read_table(out).rows()))

@@ -54,8 +54,8 @@ class Signals:
 
     def __enter__(self) -> Self:
         for one in FORWARDED:
-            # What the caller ignores (nohup: SIGHUP) stays ignored.
-            if signal.getsignal(one) is not signal.SIG_IGN:
+            # With nohup, a closed terminal is to make no difference.
+            if one != signal.SIGHUP or signal.getsignal(one) is not signal.SIG_IGN:
                 self._old[one] = signal.signal(one, self._heard)
         return self
 
@@ -205,7 +205,8 @@ def _watch(
             if time.monotonic() > deadline:
                 send(process.pid, signal.SIGKILL)
             continue
-        with contextlib.suppress(FileNotFoundError):
+        # What cannot be read now, because it is being written, is read again when there is more, and at the end.
+        with contextlib.suppress(FileNotFoundError, RecipeError):
             state = path.stat()
             if seen != (state.st_mtime, state.st_size):
                 seen = (state.st_mtime, state.st_size)
@@ -240,11 +241,14 @@ def _copy(said: Any) -> None:
 
 def _judged(folder: Path, rule: Diverged | None, status: int, start: int, signum: int | None) -> Ending:
     """How a run that has ended did so: by its log first, so that it makes no difference when it was looked at."""
-    reason = why_diverged(folder, rule)
+    try:
+        reason = why_diverged(folder, rule)
+    except RecipeError as error:
+        return Ending("failed", " ".join(str(error).split()), status)
     if reason:
         return Ending("diverged", reason, status)
-    if (folder / "summary.json").exists() and status == 0:
-        return Ending("finished", status=0)
+    if (folder / "summary.json").exists():  # the last thing that a run writes
+        return Ending("finished", status=status)
     if signum is None and status - 128 in FORWARDED:
         signum = status - 128
     # Of launchers, some end with 1 at a signal.

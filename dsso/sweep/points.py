@@ -79,16 +79,18 @@ def points(sweep: SweepFile, path: Path, more: Sequence[str] = (), ranks: int | 
             problems.setdefault(str(error), []).append(name)
             continue
         text = json.dumps(same, sort_keys=True)
-        if text in twins:
+        # The name tells equal numbers that are written differently, which recipes as written do not.
+        twin = twins.get(text) or twins.get(name)
+        if twin is not None:
             raise RecipeError(
                 "two points are the same run",
                 where="sweep",
-                got=f"{twins[text]} and {name}",
+                got=f"{twin} and {name}",
                 remedy="remove a value that is there twice"
                 if sweep.random is None
                 else "draw fewer samples, or list the values in a grid",
             )
-        twins[text] = name
+        twins[text] = twins[name] = name
         found.append(Point(index, name, values, seed, recipe.raw))
     if problems:
         raise _refusal(problems, len(found))

@@ -33,6 +33,8 @@ class Seed:
     ending: Ending
     metric: float
     """Best value on the validation set; NaN where there is none."""
+    test: float
+    """The same metric on the test set, of the weights that were best on the validation set; NaN where there is none."""
     train_loss: float
     """The last logged one; NaN where there is none."""
     steps_to_target: float
@@ -65,6 +67,7 @@ class Setting:
     values: dict[str, Any]
     seeds: list[Seed]
     metric: Spread
+    test: Spread
     train_loss: Spread
     steps_to_target: float | None
     """Median; None where the middle seed never came to the target, or there is no target."""
@@ -108,6 +111,9 @@ class Table:
         heading = [*(names[path] for path in self.variables)] or ["setting"]
         if self.metric != LOSS:
             heading.append(f"best val. {self.metric}")
+        tested = any(one.test.high is not None for one in self.settings)
+        if tested:
+            heading.append(f"test {self.metric}")
         heading.append("train loss")
         if self.target_loss is not None:
             heading.append(f"steps to {self.target_loss:g}")
@@ -116,6 +122,8 @@ class Table:
             row = [shown(one.values[path]) for path in self.variables] or ["the recipe"]
             if self.metric != LOSS:
                 row.append(one.metric.text())
+            if tested:
+                row.append(one.test.text())
             row.append(one.train_loss.text())
             if self.target_loss is not None:
                 row.append("-" if one.steps_to_target is None else f"{one.steps_to_target:g}")
@@ -133,6 +141,7 @@ class Table:
                 {
                     "values": one.values,
                     "metric": vars(one.metric),
+                    "test": vars(one.test),
                     "train_loss": vars(one.train_loss),
                     "steps_to_target": one.steps_to_target,
                     "seconds": one.seconds,
@@ -142,6 +151,7 @@ class Table:
                             "seed": run.seed,
                             **vars(run.ending),
                             "metric": _known(run.metric),
+                            "test": _known(run.test),
                             "train_loss": _known(run.train_loss),
                             "steps_to_target": _known(run.steps_to_target),
                             "seconds": _known(run.seconds),
@@ -167,15 +177,24 @@ def read_table(out: Path, metric: str | None = None, target_loss: float | None =
         RecipeError: the directory is not that of a sweep, or no run has such a metric.
     """
     kept = recorded(out)
-    runs = {one["name"]: read_point(directory(out, one["name"])) for one in kept.points}
+    problems: list[str] = []
+    damaged: set[str] = set()
+    runs: dict[str, Run | None] = {}
+    for one in kept.points:
+        try:
+            runs[one["name"]] = read_point(directory(out, one["name"]))
+        except RecipeError as error:
+            runs[one["name"]] = None
+            damaged.add(one["name"])
+            problems.append(f"{one['name']}: left out: {' '.join(str(error).split())}")
     seen = [run for run in runs.values() if run is not None]
     metric = _metric(metric, seen)
-    problems = [text for run in seen for text in run.warnings]
+    problems += [text for run in seen for text in run.warnings]
     groups: dict[str, list[Seed]] = {}
     values: dict[str, dict[str, Any]] = {}
     for one in kept.points:
         name = one["name"]
-        how = ending(directory(out, name))
+        how = Ending("failed") if name in damaged else ending(directory(out, name))
         if how.reason:
             problems.append(f"{name}: {how.state}: {how.reason}")
         key = json.dumps(one["values"], sort_keys=True)
@@ -216,41 +235,41 @@ def _seed(
 ) -> Seed:
     nothing = math.nan
     if run is None:
-        return Seed(name, seed, how, nothing, nothing, math.inf, nothing)
+        return Seed(name, seed, how, nothing, nothing, nothing, math.inf, nothing)
     steps, losses = run.curve("loss")
     last = next((loss for loss in reversed(losses) if not math.isnan(loss)), nothing)
     found = [
-        float(value)
+        value
         for line in run.evaluations
-        if line.get("split") == "validation"
-        and isinstance(value := line["metrics"].get(metric), int | float)
-        and math.isfinite(value)
+        if line.get("split") == "validation" and math.isfinite(value := _float(line["metrics"].get(metric)))
     ]
     best = (min if metric == "loss" else max)(found, default=nothing)
     reached = math.inf
     if target is not None:
         reached = next((step for step, loss in zip(steps, losses, strict=True) if loss <= target), math.inf)
-    seconds = run.summary.get("wall_seconds")
     return Seed(
         name,
         seed,
         how,
         last if metric == LOSS else best,
+        _float(tested.get(metric)) if isinstance(tested := run.summary.get("test"), dict) else nothing,
         last,
         reached,
-        float(seconds) if isinstance(seconds, int | float) else nothing,
+        _float(run.summary.get("wall_seconds")),
     )
 
 
 def _setting(values: dict[str, Any], seeds: list[Seed], metric: str) -> Setting:
     ended = [one for one in seeds if one.ending.final]
-    steps = [one.steps_to_target for one in ended]
+    steps = [math.inf if one.ending.state == "diverged" else one.steps_to_target for one in ended]
     middle = median(steps) if steps else math.inf
     seconds = [one.seconds for one in ended if not math.isnan(one.seconds)]
+    worst = math.inf if metric in (LOSS, "loss") else -math.inf
     return Setting(
         values,
         seeds,
-        _spread(ended, lambda one: one.metric, -math.inf if metric not in (LOSS, "loss") else math.inf),
+        _spread(ended, lambda one: one.metric, worst),
+        _spread(ended, lambda one: one.test, worst),
         _spread(ended, lambda one: one.train_loss, math.inf),
         middle if math.isfinite(middle) else None,
         median(seconds) if seconds else None,
@@ -275,6 +294,10 @@ def _rank(one: Setting, larger: bool) -> tuple[bool, float, float]:
     if value is None:
         return True, -sum(run.ending.final for run in one.seeds), loss
     return False, -value if larger else value, loss
+
+
+def _float(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _known(value: float) -> float | None:

@@ -2,7 +2,8 @@
 
     python tests/launch/stub.py launch/train.py --ds_config R --output_dir D --resume auto
 
-0.9 diverges and goes on until it is signalled, 0.8 fails, 0.7 waits for a signal the first time; others finish.
+0.9 diverges and goes on until it is signalled, 0.8 fails, 0.7 waits for a signal the first time, 0.6 diverges and is
+deaf, 0.5 is out of time at once; others finish.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def main() -> int:
     if lr == 0.8:
         print("\nrecipe error: dsso.task.data_dir: there is no such directory\n  got: 'x'", file=sys.stderr)
         return 2
+    if lr == 0.5:
+        return 128 + signal.SIGUSR1
     before = (out / "metrics.jsonl").exists()
     heard: list[int] = []
 
@@ -37,14 +40,14 @@ def main() -> int:
         heard.append(signum)
 
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(one, note)
+        signal.signal(one, signal.SIG_IGN if lr == 0.6 else note)
     with (out / "metrics.jsonl").open("w") as log:
         for step in range(1, STEPS + 1):
-            loss = 2.0 * step if lr == 0.9 else (1.0 + 0.1 * seed) / (1 + step * lr)
+            loss = 2.0 * step if lr in (0.6, 0.9) else (1.0 + 0.1 * seed) / (1 + step * lr)
             print(json.dumps({"step": step, "loss": loss, "seconds": float(step)}), file=log, flush=True)
             if step == 5 and lr == 0.7 and not before:
                 return wait(heard)
-        if lr == 0.9:
+        if lr in (0.6, 0.9):
             return wait(heard)
         value = 0.5 + lr - 0.1 * tau + 0.01 * seed
         line = {"split": "validation", "step": STEPS, "metrics": {"f1": value, "loss": 1 - value}}

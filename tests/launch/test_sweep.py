@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -124,23 +127,32 @@ def wait_for(path: Path, text: str) -> None:
     ("signum", "index"), [(signal.SIGTERM, ["--index", "0"]), (signal.SIGINT, []), (signal.SIGUSR1, [])]
 )
 def test_a_signal_reaches_the_run_and_the_same_command_goes_on(
-    signum: signal.Signals, index: list[str], tmp_path: Path, command: Command
+    signum: signal.Signals, index: list[str], tmp_path: Path, capfd: Capture
 ) -> None:
     path, out = write_sweep(tmp_path, grid={LR: [0.7, 0.1]}), tmp_path / "out"
-    words = [sys.executable, "launch/sweep.py", "run", path, "--out", out, "--launcher", STUB, *index]
-    process = subprocess.Popen([str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
+
+    def send() -> None:
         wait_for(out / "points" / "lr=0.7" / "metrics.jsonl", '"step": 5')
-        process.send_signal(signum)
-        told, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 128 + signum
-    assert ("the sweep was stopped; the same command goes on" in told) == (not index)
+        os.kill(os.getpid(), signum)
+
+    before = signal.getsignal(signum)
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert stubbed(path, out, *index) == 128 + signum
+    sender.join()
+    assert signal.getsignal(signum) == before
+    assert ("the sweep was stopped; the same command goes on" in capfd.readouterr().out) == (not index)
     assert states(out) == {"lr=0.7": "stopped"}
     assert ending(out / "points" / "lr=0.7").reason == f"by {signum.name}"
     assert stubbed(path, out) == 0
     assert states(out) == {"lr=0.1": "finished", "lr=0.7": "finished"}
+
+
+def test_a_run_whose_time_is_up_ends_the_sweep(tmp_path: Path) -> None:
+    path, out = write_sweep(tmp_path, grid={LR: [0.5, 0.1]}), tmp_path / "out"
+    assert stubbed(path, out) == 138
+    assert states(out) == {"lr=0.5": "stopped"}
+    assert stubbed(path, out, "--index", 0) == 138
 
 
 def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
@@ -167,6 +179,26 @@ def test_a_sweep_that_was_killed_goes_on(tmp_path: Path) -> None:
     while stubbed(path, out, "--index", 0) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert states(out) == {"lr=0.1": "finished", "lr=0.7": "finished"}
+
+
+def test_a_run_that_does_not_stop_is_made_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.sweep_run.GRACE_SECONDS", 0.2)
+    path, out = write_sweep(tmp_path, grid={LR: [0.6]}, **rule()), tmp_path / "out"
+    assert stubbed(path, out) == 0
+    assert states(out) == {"lr=0.6": "diverged"}
+    assert ending(out / "points" / "lr=0.6").status == 128 + signal.SIGKILL
+
+
+def test_ranks_that_outlive_their_launcher_are_waited_for(tmp_path: Path, capfd: Capture) -> None:
+    script = tmp_path / "launcher.sh"
+    script.write_text(f'echo "port $1"; shift; (sleep 0.3; exec {STUB} "$@") & exit 0\n')
+    path, out = write_sweep(tmp_path, grid={LR: [0.1]}), tmp_path / "out"
+    words = ["run", path, "--out", out, "--launcher", f"bash {script} {{port}}"]
+    assert sweep(*words, "--index", 0) == 0
+    assert states(out) == {"lr=0.1": "finished"}
+    told = capfd.readouterr().out
+    assert re.search(r"^port \d{4,5}$", told, re.MULTILINE)
+    assert "stub: lr 0.1" in told
 
 
 def test_another_sweep_file_is_refused_where_points_differ(tmp_path: Path, capfd: Capture) -> None:
@@ -239,11 +271,53 @@ def test_bad_command_lines(words: list[str], told: list[str], tmp_path: Path, ca
     assert not (tmp_path / "out").exists()
 
 
+SHIPPED = ROOT / "configs/sweeps/kfac_tiny_roberta.json"
+
+
+def test_a_real_run(tmp_path: Path, capfd: Capture) -> None:
+    out = tmp_path / "out"
+    assert sweep("run", SHIPPED, "--out", out, "--index", 0) == 0
+    assert "finished after 12 steps" in capfd.readouterr().out
+    assert states(out) == {"lr=0.02,seed=0": "finished"}
+    assert sweep("table", out, "--json", "--metric", "train_loss") == 0
+    best, *others = json.loads(capfd.readouterr().out)["settings"]
+    assert best["values"] == {LR: 0.02}
+    assert 0.3 < best["train_loss"]["median"] < 1.0
+    assert [one["train_loss"]["median"] for one in others] == [None, None]
+    # The recipe of a point runs without the sweep.
+    recipe = json.loads((out / "points" / "lr=0.02,seed=0" / "recipe.json").read_text())
+    assert recipe["dsso"]["train"] == {**recipe["dsso"]["train"], "max_steps": 12, "seed": 0}
+
+
+def test_a_real_run_that_diverges_is_stopped_with_a_checkpoint(tmp_path: Path, capfd: Capture) -> None:
+    out = tmp_path / "out"
+    longer = ("--set", "dsso.train.eval_interval=1000")
+    path = tmp_path / "sweep.json"
+    path.write_text(
+        SHIPPED.read_text()
+        .replace("../", f"{ROOT}/configs/")
+        .replace('"dsso.train.max_steps": 12', '"dsso.train.max_steps": 1000')
+    )
+    assert sweep("run", path, "--out", out, "--index", 2, *longer) == 0
+    assert "SIGTERM: writing a checkpoint after this step" in capfd.readouterr().out
+    folder = out / "points" / "lr=2,seed=0"
+    assert ending(folder).state == "diverged"
+    assert ending(folder).status == 143
+    assert len(list((folder / "checkpoints").glob("step_*"))) > 0
+    assert not (folder / "summary.json").exists()
+
+
+@pytest.mark.slow
 def test_the_shipped_small_sweep_runs(tmp_path: Path, command: Command) -> None:
-    """Six real runs, one of which diverges, and the table of them."""
-    file, out = ROOT / "configs/sweeps/kfac_tiny_roberta.json", tmp_path / "out"
-    done = command([sys.executable, "launch/sweep.py", "run", file, "--out", out])
+    out, picture = tmp_path / "out", tmp_path / "sweep.png"
+    done = command([sys.executable, "launch/sweep.py", "run", SHIPPED, "--out", out])
     assert done.returncode == 0, done.stdout + done.stderr
-    table = command([sys.executable, "launch/sweep.py", "table", out, "--json", "--target_loss", 0.6])
-    found = json.loads(table.stdout)
-    assert len(found["settings"]) == 6
+    assert states(out) == {
+        f"lr={lr},seed={seed}": "diverged" if lr == 2 else "finished"
+        for lr in (0.02, 0.2, 2)
+        for seed in (0, 1)
+    }
+    drawn = command([sys.executable, "launch/sweep.py", "table", out, "--plot", picture])
+    assert drawn.returncode == 0, drawn.stderr
+    assert "2 diverged" in drawn.stdout
+    assert picture.read_bytes()[:4] == b"\x89PNG"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dsso import recipe_docs
 from dsso.errors import RecipeError
 from dsso.recipe import load_recipe
 from dsso.sweep.format import RandomSpace, SweepFile, read, short_names
@@ -191,6 +192,9 @@ def test_what_depends_on_the_number_of_ranks(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="train_batch_size"):
         of(path)
     assert len(points(read(path), path, ranks=None)) == 1
+    path = write_sweep(tmp_path, grid={LR: [1, 1.0]})
+    with pytest.raises(RecipeError, match="two points are the same run"):
+        points(read(path), path, ranks=None)
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -215,6 +219,16 @@ def test_the_grids_of_the_paper_are_shipped() -> None:
         }
         adamw = read(ROOT / "configs" / "sweeps" / f"adamw_roberta_large_{peft}_mrpc.json")
         assert adamw.grid == {LR: [1e-2, 1e-3, 1e-4, 3e-5], "gradient_clipping": [0.1, 1.0, 10.0]}
+
+
+def test_the_page_is_up_to_date_and_its_example_is_valid(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    assert recipe_docs.fill(text) == text, "run: python -m dsso --update docs/sweeps.md"
+    assert "| `log_uniform` | list of 2 x number or null |" in text
+    path = tmp_path / "sweep.json"
+    path.write_text(text.split("```json\n")[1].split("```")[0].replace("../", f"{ROOT}/configs/"))
+    assert "180 points" in text
+    assert len(of(path)) == 180
 
 
 def test_a_sweep_file_reads_back(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def write_run(out: Path, point: Point, how: Ending, losses: list[float], f1: lis
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if how.state == "finished":
-        about = {"main_metric": "f1", "wall_seconds": 2.0 * len(losses)}
+        about = {"main_metric": "f1", "wall_seconds": 2.0 * len(losses), "test": {"f1": max(f1) - 0.1}}
         (folder / "summary.json").write_text(json.dumps(about))
     write_ending(folder, point, how)
 
@@ -86,6 +86,7 @@ def test_medians_and_ranges_over_seeds(mixed: Path) -> None:
     assert lost.ended == "2 finished, 1 diverged"
     assert worse.metric.median is None
     assert worse.metric.high == pytest.approx(0.92)
+    assert worse.steps_to_target is None
     assert few.metric.median == pytest.approx(1.32)
     assert few.ended == "1 finished, 1 failed, 1 missing"
     assert few.steps_to_target is None
@@ -116,10 +117,10 @@ def test_the_command_prints_it(mixed: Path, capfd: pytest.CaptureFixture[str]) -
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].split("  ")[0] == "lr"
     words = [" ".join(line.split()) for line in lines]
-    assert words[0] == "lr best val. f1 train loss steps to 0.6 seconds seeds ended"
-    assert words[2] == "0.8 1.32 0.8 - 6 3 1 finished, 1 failed, 1 missing"
-    assert words[4] == "0.1 0.61 (0.6..0.62) 0.1 20 6 3 3 finished"
-    assert words[5].startswith("0.4 - - ")
+    assert words[0] == "lr best val. f1 test f1 train loss steps to 0.6 seconds seeds ended"
+    assert words[2] == "0.8 1.32 1.22 0.8 - 6 3 1 finished, 1 failed, 1 missing"
+    assert words[4] == "0.1 0.61 (0.6..0.62) 0.51 (0.5..0.52) 0.1 20 6 3 3 finished"
+    assert words[5].startswith("0.4 - - - ")
     assert "lr=0.8,seed=0: failed: RuntimeError: out of memory" in lines
     assert lines[-1].startswith("best: best validation f1 1.32 with --set optimizer.params.lr=0.8")
     assert entry.main(["table", str(mixed), "--json"]) == 0
@@ -134,6 +135,15 @@ def test_a_sweep_that_has_not_begun_has_a_table(tmp_path: Path, capfd: pytest.Ca
     assert "1 missing" in capfd.readouterr().out
     assert entry.main(["table", str(out), "--plot", str(tmp_path / "a.png")]) == 2
     assert "no setting has ended yet" in capfd.readouterr().err
+
+
+def test_a_run_whose_files_are_damaged_is_left_out(mixed: Path) -> None:
+    (directory(mixed, "lr=0.1,seed=0") / "summary.json").write_text("{")
+    found = read_table(mixed)
+    assert "lr=0.1,seed=0: left out" in found.problems[0]
+    well = next(one for one in found.settings if one.values[LR] == 0.1)
+    assert (well.metric.median, well.metric.low) == pytest.approx((0.615, 0.61))
+    assert well.ended == "2 finished, 1 failed"
 
 
 def finished(folder: Path, seeds: int = 1, **keys: Any) -> Table:
