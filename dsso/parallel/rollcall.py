@@ -6,7 +6,7 @@ time-out. A rank whose call has failed asks all others to answer and reads the l
 line stands still (killed, stopped or cut off), and who is alive and where in its code it is. What it finds is put into
 the store as well, for ranks that fail later; a rank that still hangs then ends itself and shows where.
 
-The thread touches neither tensors nor devices; to a training loop the roll is two attributes that it sets.
+The thread touches neither tensors nor devices; to a training loop the roll is one attribute that it sets.
 """
 
 from __future__ import annotations
@@ -183,9 +183,14 @@ class Rollcall:
         waited = time.time() - line.since
         if waited > STALL * self.timeout:
             self._stalled_at = line.since
-            found = self.missing(give_up=False)
-            if found:
-                _say(f"rank {self.rank}: {line.place} for {waited:.0f} s; {found}")
+
+            def look() -> None:
+                found = self.missing(give_up=False)
+                if found:
+                    _say(f"rank {self.rank}: {line.place} for {waited:.0f} s; {found}")
+
+            # All ranks may ask at once, and each of them has to answer meanwhile.
+            threading.Thread(target=look, daemon=True).start()
 
     def _give_up(self) -> None:
         """Another rank has ended the run and this one has not noticed: end it, and show where it hangs."""
