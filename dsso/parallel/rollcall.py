@@ -38,6 +38,8 @@ _BEATS = 20.0
 _SLOWEST, _FASTEST = 2.0, 0.2
 """Bounds of the time between two lines, in seconds."""
 _WAITING = "waiting"
+_AGAIN = 10.0
+"""Lines left out before a store that was lost is looked for again."""
 _LAST_WORDS = 5.0
 """Seconds that a rank which hangs is given to end by itself, once another one has given up."""
 
@@ -156,9 +158,11 @@ class Rollcall:
 
     def _keep(self) -> None:
         store: Store | None = None
-        given_up_at = 0.0
+        given_up_at = again_at = 0.0
         while not self._stop.wait(self.interval):
             try:
+                if store is None and time.monotonic() < again_at:
+                    raise ConnectionError
                 store = store or self._connect()
                 if store.check(["asked"]):
                     self._where = _where(self._main)
@@ -169,7 +173,10 @@ class Rollcall:
                     self._finding = store.get("finding").decode()
                     given_up_at = given_up_at or time.monotonic()
             except Exception:
-                # The keeper of the store has gone, or the way to it: whoever waits in a collective call finds out.
+                # The keeper of the store has gone, or the way to it: whoever waits in a collective call finds out. torch
+                # complains on its own about every try, so there are few.
+                if store is not None or time.monotonic() >= again_at:
+                    again_at = time.monotonic() + _AGAIN * self.interval
                 store = None
             self._look_at_the_clock()
             if given_up_at and time.monotonic() - given_up_at > _LAST_WORDS and not self._leaving:
