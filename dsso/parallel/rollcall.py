@@ -173,8 +173,8 @@ class Rollcall:
                     self._finding = store.get("finding").decode()
                     given_up_at = given_up_at or time.monotonic()
             except Exception:
-                # The keeper of the store has gone, or the way to it: whoever waits in a collective call finds out. torch
-                # complains on its own about every try, so there are few.
+                # The keeper of the store has gone, or the way to it: whoever waits in a collective call finds out.
+                # torch complains on its own about every try, so there are few.
                 if store is not None or time.monotonic() >= again_at:
                     again_at = time.monotonic() + _AGAIN * self.interval
                 store = None
