@@ -18,6 +18,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from types import FrameType
 
 ROOT = Path(__file__).resolve().parent.parent
 # A script's own folder is searched first: names in launch/ would hide modules of the same name elsewhere.
@@ -85,6 +86,8 @@ def main() -> int:
         output_dir = job.output_dir
         from launch.run import run
 
+        if world_size > 1:
+            signal.signal(signal.SIGTERM, _terminated)
         return run(job, environment)
     except DssoError as error:
         if debug:
@@ -95,6 +98,16 @@ def main() -> int:
     except Exception as error:
         _died(error, rank, world_size, output_dir)
         return 1
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    """End on SIGTERM, but not on the way to the message about an error.
+
+    A launcher that has seen another rank end sends one at once, and it takes some seconds to find out which that was.
+    """
+    if sys.exc_info()[0] is None:
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
 
 
 def _fail(error: DssoError, rank: int, world_size: int) -> int:
@@ -120,9 +133,6 @@ def _died(error: Exception, rank: int, world_size: int, output_dir: Path | None)
         return
     from dsso.parallel import rollcall
 
-    # A launcher that has seen another rank end sends these at once, and it takes some seconds to find out which.
-    for one in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(one, signal.SIG_IGN)
     words = str(error).lower()
     if any(
         sign in words for sign in ("timed out", "timeout", "connection", "closed by peer", "nccl", "gloo")

@@ -6,7 +6,7 @@ time-out. A rank whose call has failed asks all others to answer and reads the l
 line stands still (killed, stopped or cut off), and who is alive and where in its code it is. What it finds is put into
 the store as well, for ranks that fail later; a rank that still hangs then ends itself and shows where.
 
-The thread touches neither tensors nor devices; to a training loop the roll is two attributes that it sets.
+The thread touches neither tensors nor devices; to a training loop the roll is one attribute that it sets.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ _BEATS = 20.0
 _SLOWEST, _FASTEST = 2.0, 0.2
 """Bounds of the time between two lines, in seconds."""
 _WAITING = "waiting"
+_AGAIN = 10.0
+"""Lines left out before a store that was lost is looked for again."""
 _LAST_WORDS = 5.0
 """Seconds that a rank which hangs is given to end by itself, once another one has given up."""
 
@@ -156,9 +158,11 @@ class Rollcall:
 
     def _keep(self) -> None:
         store: Store | None = None
-        given_up_at = 0.0
+        given_up_at = again_at = 0.0
         while not self._stop.wait(self.interval):
             try:
+                if store is None and time.monotonic() < again_at:
+                    raise ConnectionError
                 store = store or self._connect()
                 if store.check(["asked"]):
                     self._where = _where(self._main)
@@ -170,6 +174,9 @@ class Rollcall:
                     given_up_at = given_up_at or time.monotonic()
             except Exception:
                 # The keeper of the store has gone, or the way to it: whoever waits in a collective call finds out.
+                # torch complains on its own about every try, so there are few.
+                if store is not None or time.monotonic() >= again_at:
+                    again_at = time.monotonic() + _AGAIN * self.interval
                 store = None
             self._look_at_the_clock()
             if given_up_at and time.monotonic() - given_up_at > _LAST_WORDS and not self._leaving:
@@ -183,9 +190,14 @@ class Rollcall:
         waited = time.time() - line.since
         if waited > STALL * self.timeout:
             self._stalled_at = line.since
-            found = self.missing(give_up=False)
-            if found:
-                _say(f"rank {self.rank}: {line.place} for {waited:.0f} s; {found}")
+
+            def look() -> None:
+                found = self.missing(give_up=False)
+                if found:
+                    _say(f"rank {self.rank}: {line.place} for {waited:.0f} s; {found}")
+
+            # All ranks may ask at once, and each of them has to answer meanwhile.
+            threading.Thread(target=look, daemon=True).start()
 
     def _give_up(self) -> None:
         """Another rank has ended the run and this one has not noticed: end it, and show where it hangs."""

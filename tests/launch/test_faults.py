@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.launch import faults
 from tests.launch.faults import KINDS, Fault, Soak, draw, lacking, tally
-from tests.launch.runs import train, write_recipe
+from tests.launch.runs import ROOT, train, write_recipe
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
 
@@ -45,6 +48,32 @@ def test_an_output_directory_that_cannot_be_made(
     told = capsys.readouterr().err
     assert "error: output_dir /proc/dsso/out: rank 0 cannot write there" in told
     assert "Traceback" not in told
+
+
+def test_sigterm_does_not_cut_off_a_message_about_an_error() -> None:
+    program = """
+import os, signal
+from launch.train import _terminated
+
+class Unwound:
+    def __enter__(self): return self
+    def __exit__(self, *error): os.kill(os.getpid(), signal.SIGTERM)
+
+signal.signal(signal.SIGTERM, _terminated)
+try:
+    with Unwound():
+        raise ValueError
+except ValueError:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("told", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("still there", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "told\n"
+    assert done.returncode == -signal.SIGTERM
 
 
 @pytest.mark.slow

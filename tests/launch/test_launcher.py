@@ -155,7 +155,7 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path, command: Command) -> N
     assert done.returncode != 0
     told = done.stdout + done.stderr
     assert "rank 0: another rank has ended, or did not answer within dsso.train.timeout_minutes" in told, told
-    assert "rank 1 did not answer: last heard of in step 6, " in told
+    assert "rank 1 did not answer: last heard of " in told
     assert "which has gone: killed from outside" in told
     newest = tmp_path / "out" / "checkpoints" / "step_00000004"
     assert f"remedy: --resume auto goes on from {newest}" in told

@@ -153,14 +153,16 @@ def test_a_step_that_takes_nearly_as_long_as_the_time_out_is_told(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(rollcall, "_say", said.append)
+    monkeypatch.setattr(rollcall, "_where", lambda thread: "waiting for other ranks")
     rolls = [roll(store, rank, 1.0) for rank in range(2)]
-    rolls[0].at(6)
+    for one in rolls:
+        one.at(6)
     deadline = time.monotonic() + 15.0
-    while not said and time.monotonic() < deadline:
+    while len(said) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert said, "nothing was told"
-    assert said[0].startswith("rank 0: in step 6 for ")
-    assert "rank 2 has not come" in said[0]
+    # Both ask at the same time and both answer: what is wrong is said of the third alone.
+    assert sorted(told.partition(" for ")[0] for told in said) == ["rank 0: in step 6", "rank 1: in step 6"]
+    assert all(told.endswith(" s; rank 2 has not come") for told in said), said
     for one in rolls:
         one.close()
 
