@@ -5,14 +5,17 @@ for batch in loader:
     loss = engine(**batch).loss
     engine.backward(loss)
     engine.step()
+
+In a Trainer of Hugging Face: `dsso.attach(trainer)`, and `dsso.ForwardTrainer` for methods without gradients.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -23,7 +26,22 @@ from dsso.engines.base import EngineBase
 from dsso.optim._partition import PartitionOptimizer
 from dsso.recipe import load_recipe
 
-__all__ = ["__version__", "initialize"]
+if TYPE_CHECKING:
+    from dsso.engines.hf_forward import ForwardTrainer
+    from dsso.engines.hf_trainer import attach
+
+__all__ = ["ForwardTrainer", "__version__", "attach", "initialize"]
+
+_LAZY = {"attach": "dsso.engines.hf_trainer", "ForwardTrainer": "dsso.engines.hf_forward"}
+"""What is about the Trainer of Hugging Face, which takes seconds to import: name -> module."""
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported when it is asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
 
 _OF_THE_CALLER = ("model", "peft", "task")
 """Parts of a recipe's `"dsso"` section that a caller of `initialize` brings along."""

@@ -36,6 +36,7 @@ def make_optimizer(
     device: torch.device,
     clip: float = 0.0,
     example: Mapping[str, Any] | None = None,
+    carrier: type[PartitionOptimizer] = PartitionOptimizer,
 ) -> PartitionOptimizer:
     """The optimizer of a recipe, not attached to an engine yet.
 
@@ -47,6 +48,7 @@ def make_optimizer(
         clip: largest gradient norm for baselines; 0: none.
         example: keyword arguments of a small forward pass, from which K-FAC learns which layers read the same tensor;
             None: made up for a Hugging Face model.
+        carrier: class of the optimizer.
     """
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trainable:
@@ -60,10 +62,10 @@ def make_optimizer(
         clipping = Clipping(config.clip, config.tau, config.kl_clip, adaptive)
         warmup = Warmup(config.warmup_steps, config.warmup_scale)
         trust = config.adaptive_damping and Trust(**config.adaptive_damping.model_dump())
-        return PartitionOptimizer(parameters, config.lr, method.rules(), method, clipping, warmup, trust)
+        return carrier(parameters, config.lr, method.rules(), method, clipping, warmup, trust)
     clipping = Clipping("pre", clip) if clip > 0 else Clipping()
     rules = {n: _baseline_rule(kind, config, p.dim() > 1) for n, p in trainable}
-    return PartitionOptimizer(parameters, config.lr, rules, None, clipping)
+    return carrier(parameters, config.lr, rules, None, clipping)
 
 
 def make_forward_optimizer(model: nn.Module, kind: str, config: Any) -> ForwardOptimizer:

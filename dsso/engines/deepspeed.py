@@ -94,17 +94,31 @@ class DeepSpeedEngine(EngineBase):
         optimizer.dry_run = True
         if device.type == "cpu":
             remove_stale_lock("deepspeed_shm_comm")
-        self._ds, _, _, self.scheduler = deepspeed.initialize(
+        ds, _, _, self.scheduler = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
         optimizer.dry_run = False
-        release_shared_memory(device)
+        self._take(ds, names, sizes)
+
+    def _take(self, ds: Any, names: Mapping[int, str], sizes: Mapping[str, int]) -> None:
+        """Attach the optimizer to the partitions of DeepSpeed's engine; collective.
+
+        Args:
+            ds: the engine, made with the optimizer.
+            names: of the trained parameters, by identity.
+            sizes: elements of each, in model order.
+
+        Raises:
+            RunError: the partition is not what dsso reads it to be.
+        """
+        self._ds = ds
+        release_shared_memory(self.device)
         self._names = names
         self._dropped = 0
         buffers, spans = self._layout()
         self._verify(buffers, spans)
         try:
-            optimizer.attach(buffers, spans, sizes)
+            self.optimizer.attach(buffers, spans, sizes)
         except ValueError as error:
             raise RunError(
                 f"DeepSpeed's partition cannot be read: {error}",

@@ -53,14 +53,23 @@ class FSDP2Engine(WindowEngine):
         # Whole gradients between micro-batches save a reduction each, where they take no more room than this rank's
         # share of the weights (adapters). Where all weights are trained, gradients stay sharded.
         self._hold = sum(sizes.values()) * self.world_size <= total
-        self._rows = Rows(module, device, dtype)
-        self._buffers = {n: self._rows.local(n).detach() for n in sizes}
-        starts = self._rows.starts
+        self._take(Rows(module, device, dtype), sizes)
+
+    def _take(self, rows: Rows, sizes: Mapping[str, int]) -> None:
+        """Attach the optimizer to this rank's rows; collective.
+
+        Args:
+            rows: of the model, cut.
+            sizes: elements of every trained parameter, in model order.
+        """
+        self._rows = rows
+        self._buffers = {n: rows.local(n).detach() for n in sizes}
+        starts = rows.starts
         spans = [Span(n, starts[n], b.numel(), i, 0) for i, (n, b) in enumerate(self._buffers.items())]
         # What still refers to the whole parameters lets them go.
-        self._first = next(module.parameters())
-        optimizer.param_groups[0]["params"] = list(self._buffers.values())
-        optimizer.attach(list(self._buffers.values()), spans, sizes)
+        self._first = next(self.module.parameters())
+        self.optimizer.param_groups[0]["params"] = list(self._buffers.values())
+        self.optimizer.attach(list(self._buffers.values()), spans, sizes)
 
     # -- passes -------------------------------------------------------------------------------------------------
 

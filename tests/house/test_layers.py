@@ -12,10 +12,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "files", "phases", "linalg", "schedule", "config"),
     ("curvature", "parallel"),
     ("clip", "optim", "seedlog"),
+    ("ds_keys", "recipe"),
     ("engines",),
     (
-        "ds_keys",
-        "recipe",
         "checkpoint",
         "inspect",
         "preempt",
@@ -36,6 +35,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 PLACES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("dsso/engines/",),
+    "accelerate": ("dsso/engines/",),
+    "transformers.Trainer": ("dsso/engines/",),
+    "transformers.trainer": ("dsso/engines/",),
     "torch.distributed.fsdp": ("dsso/engines/",),
     "matplotlib": ("dsso/plots.py", "dsso/plots_functions.py", "dsso/plots_sweep.py", "docs/"),
     "torchmetrics": ("dsso/tasks/metrics.py",),
