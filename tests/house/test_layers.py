@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "results",
         "plots",
         "plan",
+        "recipe_docs",
         "replay",
         "seeding",
         "sweep",
@@ -76,7 +77,7 @@ def layer_of(module: str) -> int | None:
 
 def _rank(name: str) -> int | None:
     # recipe_checks and the like are parts of recipe
-    return _RANK.get(name, _RANK["recipe"] if name.startswith(("recipe_", "plan_", "plots_")) else None)
+    return _RANK.get(name, _RANK.get(name.partition("_")[0]))
 
 
 def violations(source: str, path: str) -> list[str]:
