@@ -174,6 +174,7 @@ def test_an_mpi_of_another_kind_is_told(runs: Runs) -> None:
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_the_ranks_of_mpirun_stop_together(runs: Runs) -> None:
     """SIGUSR1 to one of them: all write a checkpoint, and leave with the status of a run to be queued again."""
     words = [mpich(), "-n", 2, sys.executable, TRAIN]
