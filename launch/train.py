@@ -100,14 +100,20 @@ def main() -> int:
         return 1
 
 
+_terminations: list[int] = []
+"""SIGTERMs that came while an error was on its way to its message."""
+
+
 def _terminated(signum: int, frame: FrameType | None) -> None:
     """End on SIGTERM, but not on the way to the message about an error.
 
     A launcher that has seen another rank end sends one at once, and it takes some seconds to find out which that was.
     """
-    if sys.exc_info()[0] is None:
-        signal.signal(signum, signal.SIG_DFL)
-        os.kill(os.getpid(), signum)
+    if sys.exc_info()[0] is not None:
+        _terminations.append(signum)
+        return
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
 
 
 def _fail(error: DssoError, rank: int, world_size: int) -> int:
@@ -116,8 +122,11 @@ def _fail(error: DssoError, rank: int, world_size: int) -> int:
         from dsso.parallel import rollcall
 
         rollcall.end(f"error: {error}")
-    if rank != 0:
-        time.sleep(LAUNCHER_SECONDS)
+    deadline = time.monotonic() + LAUNCHER_SECONDS
+    while rank != 0 and time.monotonic() < deadline:
+        if _terminations:  # the first to leave has told the same
+            _leave(error.exit_status)
+        time.sleep(0.1)
     kind = "recipe error" if isinstance(error, RecipeError) else "error"
     who = f"rank {rank}: " if rank else ""
     print(f"\n{who}{kind}: {error}", file=sys.stderr, flush=True)
