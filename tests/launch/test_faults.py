@@ -28,7 +28,7 @@ def soak(tmp_path_factory: pytest.TempPathFactory) -> Soak:
     "fault",
     [
         Fault("die", "ddp", "KFAC", "restarts", 1, 5),
-        Fault("raise", "ddp", "KFAC", "torchrun", 0, 6),
+        pytest.param(Fault("raise", "ddp", "KFAC", "torchrun", 0, 6), marks=pytest.mark.slow),
         Fault("mine-readonly", "ddp", "KFAC", "torchrun", 1, 5),
     ],
     ids=lambda fault: f"{fault.kind}-{fault.launcher}",
