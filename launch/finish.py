@@ -12,7 +12,7 @@ from torch import Tensor
 from dsso import tasks
 from dsso.checkpoint import CheckpointError, write_json
 from dsso.diagnostics import jsonable, peak_bytes
-from dsso.parallel.collectives import gather_objects, rank
+from dsso.parallel.collectives import gather_objects, problem_on_rank_0
 from launch.loop import Loop, Outcome
 from launch.prepare import Job
 
@@ -81,13 +81,7 @@ def _export(job: Job, weights: dict[str, Tensor], directory: Path) -> None:
 
 
 def _on_rank_0(action: Callable[[], None], path: Path) -> None:
-    problem = None
-    if rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            problem = str(error)
-    problem = gather_objects(problem)[0]
+    problem = problem_on_rank_0(action)
     if problem is not None:
         raise CheckpointError(
             f"could not be written ({problem})",

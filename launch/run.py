@@ -11,7 +11,7 @@ from dsso import checkpoint, engines, optim
 from dsso.diagnostics import MetricsLog, environment, jsonable, method_table
 from dsso.errors import RunError
 from dsso.job_time import JobTime, end_of_job, process_start
-from dsso.parallel.collectives import gather_objects
+from dsso.parallel.collectives import problem_on_rank_0
 from dsso.preempt import StopRequest, leave
 from dsso.seeding import seed_everything
 from launch.finish import finish
@@ -99,18 +99,16 @@ def _open_directory(job: Job) -> None:
     Raises:
         RunError: on all ranks, where it cannot be written.
     """
-    problem = None
-    if job.rank == 0:
-        try:
-            for path in job.resume.remove:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            job.output_dir.mkdir(parents=True, exist_ok=True)
-            (job.output_dir / "summary.json").unlink(missing_ok=True)  # written at the end, again
-            with tempfile.TemporaryFile(dir=job.output_dir):
-                pass
-        except OSError as error:
-            problem = str(error)
-    problem = gather_objects(problem)[0]
+
+    def open_it() -> None:
+        for path in job.resume.remove:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        job.output_dir.mkdir(parents=True, exist_ok=True)
+        (job.output_dir / "summary.json").unlink(missing_ok=True)  # written at the end, again
+        with tempfile.TemporaryFile(dir=job.output_dir):
+            pass
+
+    problem = problem_on_rank_0(open_it)
     if problem is not None:
         raise RunError(
             f"rank 0 cannot write there ({problem})",

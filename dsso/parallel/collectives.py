@@ -5,7 +5,7 @@ Every rank calls each of them the same number of times in the same order, also a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,22 @@ def gather_objects(obj: Any) -> list[Any]:
     out: list[Any] = [None] * world_size()
     dist.all_gather_object(out, obj)
     return out
+
+
+def problem_on_rank_0(action: Callable[[], object]) -> str | None:
+    """Let rank 0 do something with files; what went wrong, on every rank, or None.
+
+    Args:
+        action: called on rank 0 alone.
+    """
+    problem = None
+    if rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            problem = str(error)
+    found: str | None = gather_objects(problem)[0]
+    return found
 
 
 def first_named(name: str) -> str:

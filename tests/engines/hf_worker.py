@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from dsso.recipe import load_recipe
 from dsso.seeding import seed_everything
 from dsso.tasks.data import global_batch
 from tests.engines import hf_cpu  # first: it says where DeepSpeed runs
+from tests.launch.runs import changed
 
 STEPS = 6
 STOP = 4
@@ -83,17 +83,7 @@ RECIPE: dict[str, Any] = {
 
 def recipe(changes: dict[str, Any]) -> dict[str, Any]:
     """`RECIPE` with values set by dotted path; None removes a key."""
-    raw = copy.deepcopy(RECIPE)
-    for dotted, value in changes.items():
-        *parents, last = dotted.split(".")
-        home = raw
-        for part in parents:
-            home = home.setdefault(part, {})
-        if value is None:
-            home.pop(last, None)
-        else:
-            home[last] = value
-    return raw
+    return changed(RECIPE, changes)
 
 
 class Ordered(Dataset[Any]):

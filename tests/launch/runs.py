@@ -38,10 +38,10 @@ TINY: dict[str, Any] = {
 """A run of two or three seconds; dropout is on, intervals are such that steps 7 and 9 lie within one."""
 
 
-def write_recipe(folder: Path, changes: dict[str, Any] | None = None) -> Path:
-    """A recipe file: `TINY` with values set by dotted path; None removes a key."""
-    recipe = copy.deepcopy(TINY)
-    for dotted, value in (changes or {}).items():
+def changed(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy with values set by dotted path; None removes a key."""
+    recipe = copy.deepcopy(recipe)
+    for dotted, value in changes.items():
         *parents, last = dotted.split(".")
         home = recipe
         for part in parents:
@@ -50,6 +50,12 @@ def write_recipe(folder: Path, changes: dict[str, Any] | None = None) -> Path:
             home.pop(last, None)
         else:
             home[last] = value
+    return recipe
+
+
+def write_recipe(folder: Path, changes: dict[str, Any] | None = None) -> Path:
+    """A recipe file: `TINY` with values set by dotted path; None removes a key."""
+    recipe = changed(TINY, changes or {})
     path = folder / "recipe.json"
     path.write_text(json.dumps(recipe))
     return path
