@@ -1,6 +1,6 @@
 """Errors that a user can act upon: what is wrong, where, what was given, what is allowed, what to do.
 
-`RecipeError` is raised before anything starts (exit status 2); `RunError` while a run is under way (exit status 1).
+`RecipeError` is raised before anything is trained (exit status 2); `RunError` while a run is under way (exit status 1).
 Both are printed by `launch/train.py` without a traceback.
 """
 
@@ -65,7 +65,7 @@ class DssoError(Exception):
 
 
 class RecipeError(DssoError, ValueError):
-    """The recipe, the command line or an input file cannot be used; nothing was started."""
+    """The recipe, the command line, an input file or the output directory cannot be used; nothing was trained."""
 
     exit_status = 2
 

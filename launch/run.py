@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from typing import TYPE_CHECKING, Any, cast
 
 from dsso import checkpoint, engines, optim
 from dsso.diagnostics import MetricsLog, environment, jsonable, method_table
-from dsso.errors import RunError
 from dsso.job_time import JobTime, end_of_job, process_start
-from dsso.parallel.collectives import problem_on_rank_0
 from dsso.preempt import StopRequest, leave
 from dsso.seeding import seed_everything
+from launch.directory import open_directory
 from launch.finish import finish
 from launch.loop import Loop
 from launch.prepare import Job
@@ -39,7 +36,7 @@ def run(job: Job, place: engines.Environment) -> int:
     engine = cast("Engine", engines.build(job.bundle.model, job.recipe, place))
     seed_everything(job.seed, job.rank)
     with StopRequest(speak=job.rank == 0) as stop:
-        _open_directory(job)
+        open_directory(job)
         start, skipped = checkpoint.newest(job.resume.candidates)
         for one in (*job.resume.skipped, *skipped):
             _say(job, f"checkpoint {one.path} is skipped: {one.reason}")
@@ -91,30 +88,6 @@ def run(job: Job, place: engines.Environment) -> int:
 def _say(job: Job, message: str) -> None:
     if job.rank == 0:
         print(message, flush=True)
-
-
-def _open_directory(job: Job) -> None:
-    """Make the output directory on rank 0, without the run that is overwritten.
-
-    Raises:
-        RunError: on all ranks, where it cannot be written.
-    """
-
-    def open_it() -> None:
-        for path in job.resume.remove:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        job.output_dir.mkdir(parents=True, exist_ok=True)
-        (job.output_dir / "summary.json").unlink(missing_ok=True)  # written at the end, again
-        with tempfile.TemporaryFile(dir=job.output_dir):
-            pass
-
-    problem = problem_on_rank_0(open_it)
-    if problem is not None:
-        raise RunError(
-            f"rank 0 cannot write there ({problem})",
-            where=f"output_dir {job.output_dir}",
-            remedy="mount it for writing, or give another --output_dir",
-        )
 
 
 def _write_config(job: Job, engine: Engine, place: engines.Environment, step: int) -> None:

@@ -4,9 +4,9 @@
     sbatch launch/slurm/multinode.sbatch configs/recipe.json
     python launch/train.py --ds_config configs/recipe.json --check
 
-Exit status: 0 finished, 1 an error while running, 2 a recipe or command line that cannot be used (nothing was
-started then), 130, 143 and 138 after SIGINT, SIGTERM and SIGUSR1, with a checkpoint written; 138 as well where the run
-has left by itself because its time is up. With `--check --gpu_memory`: 1 where the run does not fit.
+Exit status: 0 finished, 1 an error while running, 2 a recipe, a command line or an output directory that cannot be used
+(nothing was trained then), 130, 143 and 138 after SIGINT, SIGTERM and SIGUSR1, with a checkpoint written; 138 as well
+where the run has left by itself because its time is up. With `--check --gpu_memory`: 1 where the run does not fit.
 """
 
 from __future__ import annotations
@@ -118,10 +118,13 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
 
 def _fail(error: DssoError, rank: int, world_size: int) -> int:
     """Say what is wrong: rank 0 at once, others when they are still there, so it was not rank 0's error."""
-    if world_size > 1 and error.exit_status != RecipeError.exit_status:
+    if _grouped():
         from dsso.parallel import rollcall
 
-        rollcall.end(f"error: {error}")
+        if isinstance(error, RecipeError):  # which all ranks have found
+            rollcall.stop()
+        else:
+            rollcall.end(f"error: {error}")
     deadline = time.monotonic() + LAUNCHER_SECONDS
     while rank != 0 and time.monotonic() < deadline:
         if _terminations:  # the first to leave has told the same
@@ -130,9 +133,15 @@ def _fail(error: DssoError, rank: int, world_size: int) -> int:
     kind = "recipe error" if isinstance(error, RecipeError) else "error"
     who = f"rank {rank}: " if rank else ""
     print(f"\n{who}{kind}: {error}", file=sys.stderr, flush=True)
-    if world_size > 1 and error.exit_status != RecipeError.exit_status:
+    if world_size > 1 and (_grouped() or not isinstance(error, RecipeError)):
         _leave(error.exit_status)
     return error.exit_status
+
+
+def _grouped() -> bool:
+    """A process group exists, which must not be waited for."""
+    found = sys.modules.get("torch.distributed")
+    return found is not None and found.is_available() and found.is_initialized()
 
 
 def _died(error: Exception, rank: int, world_size: int, output_dir: Path | None) -> None:

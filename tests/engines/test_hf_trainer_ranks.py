@@ -14,7 +14,7 @@ import pytest
 
 from tests.engines import hf_worker
 from tests.engines.hf_worker import STEPS, Run
-from tests.engines.test_hf_trainer import MEZO, apart, launched, trained
+from tests.engines.test_hf_trainer import ALONE, MEZO, apart, launched, trained
 from tests.launch.runs import ROOT, launcher
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
@@ -101,6 +101,13 @@ def test_two_ranks_move_along_losses_as_launch_does(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_another_stage_goes_on(more: Path) -> None:
     assert apart(trained(more, "moved"), trained(more, "zero2")) < 1e-5
+
+
+@pytest.mark.slow
+def test_one_rank_goes_on_where_two_were(deepspeed: Path) -> None:
+    runs = [Run("fewer", ALONE, how="plain", resume="zero2")]
+    started([sys.executable, "tests/engines/hf_worker.py", str(hf_worker.write(runs, deepspeed))])
+    assert apart(trained(deepspeed, "fewer"), trained(deepspeed, "zero2")) < 1e-5
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Random directions on a GPU against the CPU's, their bandwidth, and MeZO's step on T5-3B against two forward passes.
 
     python tests/gpu/mezo.py --out runs/gpu                           # T5-3B from its published sizes, random weights
-    python tests/gpu/mezo.py --out runs/gpu --device cpu --layers 2 --width 64 --elements 5000   # to see that it runs
+    python tests/gpu/mezo.py --out runs/gpu --device cpu --layers 2 --width 64 --source 16 --elements 5000 # tiny
 
 First, bit by bit: Rademacher directions and stochastic rounding; Gaussian directions to 1e-5. Then the passes over the
 weights as shares of the bandwidth of a copy, and time and peak memory of steps in bf16. The last line is one line of
@@ -39,7 +39,7 @@ from dsso.parallel.noise import Direction, Kind  # noqa: E402
 from dsso.parallel.rounding import add_stochastic, round_stochastic  # noqa: E402
 
 KINDS: tuple[Kind, ...] = ("rademacher", "gaussian")
-BATCH, SOURCE, TARGET = 16, 512, 32
+BATCH, TARGET = 16, 32
 SHARE, RATIO, MEMORY, GAUSSIAN = 0.70, 1.10, 1.02, 1e-5
 
 
@@ -132,7 +132,7 @@ def steps(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]
     """Time and memory of steps, and of the two forward passes that they contain."""
     made = plain_model(arguments, device)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 32000, (BATCH, SOURCE), generator=generator).to(device)
+    ids = torch.randint(3, 32000, (BATCH, arguments.source), generator=generator).to(device)
     labels = torch.randint(3, 32000, (BATCH, TARGET), generator=generator).to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     terms = torch.tensor(float(labels.numel()), device=device)
@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--source", type=int, default=512, help="tokens of an example's source")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--elements", type=int, default=1 << 28)
     parser.add_argument("--steps", type=int, default=10)

@@ -1,7 +1,7 @@
 """Step time and peak memory of K-FAC over AdamW: T5-3B with LoRA r = 8 on q and v, bf16, one device.
 
     python tests/gpu/t5.py --out runs/gpu                              # T5-3B from its published sizes, random weights
-    python tests/gpu/t5.py --out runs/gpu --device cpu --layers 2 --width 64   # a small one, to see that it runs
+    python tests/gpu/t5.py --out runs/gpu --device cpu --layers 2 --width 64 --source 16   # tiny
 
 AdamW, and K-FAC with measurements every 10 and factorizations every 100 steps, exact and of low rank, one after
 another in one process: median and slowest step, mean over the steps of a whole interval, and the peak of the
@@ -33,7 +33,7 @@ from dsso.optim._factor import DenseBlock  # noqa: E402
 from dsso.optim.kfac import BaseConfig, Config  # noqa: E402
 from dsso.recipe_models import AdamWConfig  # noqa: E402
 
-BATCH, SOURCE, TARGET = 8, 256, 16
+BATCH, TARGET = 8, 16
 INTERVALS: dict[str, Any] = {"factor_interval": [[0, 1], [2, 10]], "inverse_interval": [[0, 1], [2, 100]]}
 CONTESTANTS: dict[str, dict[str, Any] | None] = {
     "adamw": None,
@@ -83,10 +83,11 @@ def contestant(made: nn.Module, settings: dict[str, Any] | None, device: torch.d
     return SingleEngine(made, optimizer, device, 1, BATCH)
 
 
-def measure(engine: SingleEngine, device: torch.device, steps: int, seconds: float) -> dict[str, float]:
+def measure(engine: SingleEngine, device: torch.device, arguments: argparse.Namespace) -> dict[str, float]:
     """Times of steps after a warm-up, and the peak of memory from the warm-up on."""
+    steps, seconds = arguments.steps, arguments.seconds / len(CONTESTANTS)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 32000, (BATCH, SOURCE), generator=generator).to(device)
+    ids = torch.randint(3, 32000, (BATCH, arguments.source), generator=generator).to(device)
     labels = torch.randint(3, 32000, (BATCH, TARGET), generator=generator).to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     cuda = device.type == "cuda"
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--source", type=int, default=256, help="tokens of an example's source")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=300.0, help="for all contestants together")
@@ -168,7 +170,7 @@ def main() -> None:
     for name, settings in CONTESTANTS.items():
         made = model(arguments, device)
         engine = contestant(made, settings, device)
-        results[name] = measure(engine, device, arguments.steps, arguments.seconds / len(CONTESTANTS))
+        results[name] = measure(engine, device, arguments)
         engine.close()
         del engine, made
         gc.collect()

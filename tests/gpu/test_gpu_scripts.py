@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def test_the_comparison_runs(command, tmp_path) -> None:
-    small = ["--device", "cpu", "--layers", "2", "--width", "64", "--steps", "4"]
+    small = ["--device", "cpu", "--layers", "2", "--width", "64", "--source", "16", "--steps", "4"]
     done = command([sys.executable, HERE / "t5.py", "--out", tmp_path, *small])
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -27,7 +27,8 @@ def test_the_comparison_runs(command, tmp_path) -> None:
 
 
 def test_directions_and_mezo_run(command, tmp_path) -> None:
-    small = ["--device", "cpu", "--layers", "2", "--width", "64", "--elements", "5000", "--steps", "2"]
+    small = ["--device", "cpu", "--layers", "2", "--width", "64", "--source", "16"]
+    small += ["--elements", "5000", "--steps", "2"]
     done = command([sys.executable, HERE / "mezo.py", "--out", tmp_path, *small])
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -123,6 +123,16 @@ PartitionName=main Nodes=ALL Default=YES DefaultTime=20 MaxTime=INFINITE State=U
 CONF
 export SLURM_CONF="$dir/slurm.conf"
 
+# The second node sees one folder that it may not write to, and one that is its own. Without the right to do so, it does not.
+apart=yes
+mkdir "$dir/locked" "$dir/local"
+unshare --mount sh -c 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1"' - "$dir/locked" 2>"$dir/log/unshare.err" || apart=no
+second_node() {
+    [ "$apart" = yes ] || { slurmd -N dsso2 && return; }
+    unshare --mount sh -c 'cd "$1" && mount --bind locked locked && mount -o remount,bind,ro locked &&
+        mount -t tmpfs dsso local && exec slurmd -N dsso2' - "$dir"
+}
+
 start_cluster() { # which setting does without control groups depends on Slurm's version and on the machine
     local setting
     for setting in CgroupPlugin=disabled IgnoreSystemd=yes CgroupPlugin=cgroup/v1; do
@@ -132,7 +142,7 @@ start_cluster() { # which setting does without control groups depends on Slurm's
         for _ in 1 2 3 4 5 6 7 8; do
             sleep 0.25
             grep -q 'slurmd started' "$dir/log/slurmd.dsso1.log" 2>/dev/null || continue
-            slurmd -N dsso2
+            second_node
             slurmctld
             return 0
         done
@@ -301,6 +311,10 @@ if want input; then
     missing=$(submit launch/slurm/single.sbatch configs/no_such_recipe.json)
     wrong=$(submit launch/slurm/multinode.sbatch "$dir/kfac.json" --output_dir "$runs/wrong" \
         --set optimizer.params.dampin=1)
+    if [ "$apart" = yes ]; then
+        locked=$(submit launch/slurm/multinode.sbatch "$dir/mezo.json" --output_dir "$dir/locked/run")
+        own=$(submit launch/slurm/multinode.sbatch "$dir/kfac.json" --output_dir "$dir/local/run")
+    fi
     mixed=$(submit --nodes=2 --ntasks=2 --wrap "export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=1
         srun python launch/train.py --ds_config $dir/kfac.json --output_dir $runs/mixed")
 fi
@@ -333,6 +347,15 @@ if want input; then
     check "  and the reason" said "$missing" "there is no recipe configs/no_such_recipe.json"
     check "an unknown key of the recipe: exit 2 through srun" finish "$wrong" 2
     check "  and the reason, in the file of the job" said "$wrong" "nearest: 'damping'"
+    if [ "$apart" = yes ]; then
+        check "an output directory that one node may not write to: exit 2 through srun" finish "$locked" 2
+        check "  and which rank, in the file of the job" said "$locked" "rank 1 on $host cannot write there"
+        check "  and nothing was trained" test ! -e "$dir/locked/run/metrics.jsonl"
+        check "an output directory that nodes do not share: exit 2 through srun" finish "$own" 2
+        check "  and which rank" said "$own" "rank 1 on $host does not see what rank 0"
+    else
+        printf 'left out: an output directory of one node alone (%s)\n' "$(tail -n 1 "$dir/log/unshare.err")"
+    fi
     check "variables of two launchers: exit 2 through srun" finish "$mixed" 2
     check "  and the reason" said "$mixed" "two launchers contradict each other"
 fi
