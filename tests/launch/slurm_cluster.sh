@@ -313,7 +313,7 @@ if want input; then
         --set optimizer.params.dampin=1)
     if [ "$apart" = yes ]; then
         locked=$(submit launch/slurm/multinode.sbatch "$dir/mezo.json" --output_dir "$dir/locked/run")
-        own=$(submit launch/slurm/multinode.sbatch "$dir/kfac.json" --output_dir "$dir/local/run")
+        own=$(submit launch/slurm/multinode.sbatch "$dir/mezo.json" --output_dir "$dir/local/run")
     fi
     mixed=$(submit --nodes=2 --ntasks=2 --wrap "export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=1
         srun python launch/train.py --ds_config $dir/kfac.json --output_dir $runs/mixed")

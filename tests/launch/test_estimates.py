@@ -26,7 +26,7 @@ def recipe(method: str) -> Path:
 
 @every
 @pytest.mark.dist
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_two_ranks_take_the_steps_of_one_process(
     stage: int, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:

@@ -29,7 +29,7 @@ def soak(tmp_path_factory: pytest.TempPathFactory) -> Soak:
     [
         pytest.param(Fault("die", "ddp", "KFAC", "restarts", 1, 5), marks=pytest.mark.slow),
         pytest.param(Fault("raise", "ddp", "KFAC", "torchrun", 0, 6), marks=pytest.mark.slow),
-        Fault("mine-readonly", "ddp", "KFAC", "torchrun", 1, 5),
+        pytest.param(Fault("mine-readonly", "ddp", "KFAC", "torchrun", 1, 5), marks=pytest.mark.slow),
     ],
     ids=lambda fault: f"{fault.kind}-{fault.launcher}",
 )
