@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ import uuid
 from pathlib import Path
 
 from dsso.errors import RecipeError
-from dsso.parallel.collectives import broadcast_object, gather_objects, problem_on_rank_0
+from dsso.parallel.collectives import broadcast_object, gather_objects, problem_on_rank_0, rank
 from launch.prepare import Job
 
 PATIENCE = 10.0
@@ -39,37 +40,39 @@ def open_directory(job: Job) -> None:
 
     problem = problem_on_rank_0(open_it)
     if problem is not None:
-        raise _unwritable(job.output_dir, 0, problem)
-    found = gather_objects(_look(token))
-    problem_on_rank_0(token.unlink)
-    for who, (host, unseen, problem) in enumerate(found):
-        if unseen:
+        raise _unwritable(job.output_dir, 0, broadcast_object(platform.node()), problem)
+    found = gather_objects((platform.node(), *_look(token)))
+    if rank() == 0:
+        with contextlib.suppress(OSError):
+            token.unlink()
+    for who, (host, seen, problem) in enumerate(found):
+        if not seen:
             raise RecipeError(
                 f"rank {who} on {host} does not see what rank 0 on {found[0][0]} writes there",
                 where=f"output_dir {job.output_dir}",
                 remedy="give an --output_dir on a file system that all nodes share",
             )
         if problem is not None:
-            raise _unwritable(job.output_dir, who, problem, host)
+            raise _unwritable(job.output_dir, who, host, problem)
 
 
-def _unwritable(directory: Path, who: int, problem: str, host: str | None = None) -> RecipeError:
+def _unwritable(directory: Path, who: int, host: str, problem: str) -> RecipeError:
     return RecipeError(
-        f"rank {who} on {host or platform.node()} cannot write there ({problem})",
+        f"rank {who} on {host} cannot write there ({problem})",
         where=f"output_dir {directory}",
         remedy="mount it for writing on every node, or give another --output_dir",
     )
 
 
-def _look(token: Path) -> tuple[str, bool, str | None]:
-    """This rank's host, whether the token stays unseen, and what goes wrong in writing, or None."""
-    problem, deadline = None, time.monotonic() + PATIENCE
-    while not (seen := token.exists()) and time.monotonic() < deadline:
+def _look(token: Path) -> tuple[bool, str | None]:
+    """Whether this rank sees the token, and what goes wrong where it writes beside it, or None."""
+    deadline = time.monotonic() + PATIENCE
+    while not token.exists():
+        if time.monotonic() > deadline:
+            return False, None
         time.sleep(0.2)
     try:
-        if seen:
-            with tempfile.TemporaryFile(dir=token.parent):
-                pass
+        with tempfile.TemporaryFile(dir=token.parent):
+            return True, None
     except OSError as error:
-        problem = str(error)
-    return platform.node(), not seen, problem
+        return True, str(error)

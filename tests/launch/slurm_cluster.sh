@@ -128,9 +128,12 @@ apart=yes
 mkdir "$dir/locked" "$dir/local"
 unshare --mount sh -c 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1"' - "$dir/locked" 2>"$dir/log/unshare.err" || apart=no
 second_node() {
-    [ "$apart" = yes ] || { slurmd -N dsso2 && return; }
-    unshare --mount sh -c 'cd "$1" && mount --bind locked locked && mount -o remount,bind,ro locked &&
-        mount -t tmpfs dsso local && exec slurmd -N dsso2' - "$dir"
+    if [ "$apart" = no ]; then
+        slurmd -N dsso2
+    else
+        unshare --mount sh -c 'cd "$1" && mount --bind locked locked && mount -o remount,bind,ro locked &&
+            mount -t tmpfs dsso local && exec slurmd -N dsso2' - "$dir"
+    fi
 }
 
 start_cluster() { # which setting does without control groups depends on Slurm's version and on the machine

@@ -43,14 +43,14 @@ def test_a_run_that_is_overwritten_is_removed_and_nothing_else(tmp_path: Path) -
 def test_a_rank_that_cannot_write_is_named_with_its_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told_by(monkeypatch, ("node-b", False, None), ("node-c", False, "[Errno 30] Read-only file system"))
+    told_by(monkeypatch, ("node-b", True, None), ("node-c", True, "[Errno 30] Read-only file system"))
     with pytest.raises(RecipeError, match=r"rank 2 on node-c cannot write there \(\[Errno 30\]"):
         open_directory(job(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_rank_that_sees_another_directory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told_by(monkeypatch, ("node-b", True, None))
+    told_by(monkeypatch, ("node-b", False, None))
     with pytest.raises(RecipeError, match=r"rank 1 on node-b does not see what rank 0 on .* writes there"):
         open_directory(job(tmp_path))
     assert not list(tmp_path.iterdir())
@@ -58,15 +58,15 @@ def test_a_rank_that_sees_another_directory_is_named(tmp_path: Path, monkeypatch
 
 def test_what_this_rank_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory, "PATIENCE", 0.3)
-    assert directory._look(tmp_path / "token")[1:] == (True, None)
+    assert directory._look(tmp_path / "token") == (False, None)
     (tmp_path / "token").touch()
-    assert directory._look(tmp_path / "token")[1:] == (False, None)
+    assert directory._look(tmp_path / "token") == (True, None)
 
     def refused(**_: Any) -> Any:
         raise PermissionError(13, os.strerror(13), str(tmp_path))
 
     monkeypatch.setattr(directory.tempfile, "TemporaryFile", refused)
-    _, unseen, problem = directory._look(tmp_path / "token")
-    assert not unseen
+    seen, problem = directory._look(tmp_path / "token")
+    assert seen
     assert problem is not None
     assert "Permission denied" in problem
