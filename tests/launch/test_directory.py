@@ -70,3 +70,13 @@ def test_what_this_rank_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert seen
     assert problem is not None
     assert "Permission denied" in problem
+
+
+def test_rank_0_is_named_with_its_own_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by the others, which are on other machines."""
+    monkeypatch.setattr(directory, "problem_on_rank_0", lambda _: "[Errno 28] No space left on device")
+    monkeypatch.setattr(
+        directory, "broadcast_object", lambda mine: mine if mine.startswith(".seen") else "node-a"
+    )
+    with pytest.raises(RecipeError, match=r"rank 0 on node-a cannot write there \(\[Errno 28\]"):
+        open_directory(job(tmp_path))
